@@ -1,0 +1,388 @@
+"""The call stack: how a model that writes `Call: ...` has its own subproblems solved.
+
+    python recurse.py "73199 + 21439"
+
+A *frame* is one context. It starts with nothing but its prompt, in a fresh KV cache. When what the model has written is a
+call, the frame is suspended together with its cache, and a frame for the callee is pushed. When a frame ends with an
+answer it is popped, the answer is appended as `Return: ...` to its caller's cache, and the caller goes on from there.
+
+`Decoder.solve` runs many problems at once, each with a stack of its own whose top frame is live: it owns a row of the
+`Engine`, which holds the model and the KV cache. Read `Frame`, then `Decoder._segment_written`: that is the mechanism.
+"""
+
+import json
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+import lora
+import model as llama
+from model import KVCache, LLaMA, Tokenizer, UserError
+from tasks import CALL, SOLUTION, TASKS, Segment, given, return_value, returned, written
+
+# How a frame can end. Only "answer" has a value; any other ending also ends the frames that wait for it, and the problem.
+ENDINGS = ("answer", "no-answer", "bad-call", "max-depth", "max-tokens", "context-full")
+
+
+@dataclass
+class Frame:
+    """One context, from its prompt to its end."""
+
+    depth: int  # 0 for the problem itself
+    segments: list[Segment]  # given and written so far
+    tokens: list[int]  # ids in the cache
+    pending: list[int]  # ids to be fed next: a given segment, or the last token written
+    writing: list[int] = field(default_factory=list)  # ids of the segment being written
+    saved: tuple[Tensor, Tensor] | None = None  # keys and values, while suspended
+    ending: str | None = None
+    value: str | None = None  # what is returned, if the ending is "answer"
+
+
+@dataclass
+class Problem:
+    """A prompt, the stack of frames that solve it, and in the end how that went."""
+
+    index: int
+    prompt: str
+    stack: list[Frame] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)  # all of them, in the order they were pushed, if asked for
+    ending: str | None = None
+    text: str | None = None  # what the first frame wrote last, if the ending is "answer"
+    n_frames: int = 0
+    deepest: int = 0
+    tokens_generated: int = 0  # written by the model, each end of a segment counted as one
+    tokens_forwarded: int = 0  # fed to it: prompts, returns and what it wrote, and what had to be fed again
+
+
+@dataclass
+class Limits:
+    max_depth: int = 512  # frames on a stack
+    max_tokens: int = 200_000  # written for one problem, over all its frames
+    cache_bytes: int = 2 * 1024**3  # keys and values, of live and suspended frames together
+    batch: int = 128  # problems at once
+
+
+class Decoder:
+    """Solves prompts by recursive decoding.
+
+    engine      see `Engine`; tests put a scripted one in its place.
+    on_segment  called with (problem, frame, segment) for each segment, given or written, as it is completed,
+                and with segment None when the frame ends.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        tokenizer: Tokenizer,
+        limits: Limits | None = None,
+        *,
+        keep_frames: bool = False,
+        on_segment: Callable[[Problem, Frame, Segment | None], None] | None = None,
+    ):
+        self.engine, self.tokenizer, self.limits = engine, tokenizer, limits or Limits()
+        self.keep_frames, self.on_segment = keep_frames, on_segment or (lambda *_: None)
+        self.suspended: deque[Frame] = deque()  # in the order of suspension; those resumed meanwhile hold nothing
+        self.suspended_bytes = 0
+
+    def solve(self, prompts: Sequence[str]) -> Iterator[Problem]:
+        """Yield each problem as it ends. (An order of its own: `Problem.index` says which prompt it was.)"""
+        waiting = deque(Problem(i, prompt) for i, prompt in enumerate(prompts))
+        longest = max((len(self.tokenizer.start(p)) for p in prompts), default=0)
+        n_rows = min(len(waiting), self.engine.rows_for(longest, self.limits))
+        self.engine.reset(n_rows)
+        live: dict[int, Problem] = {}  # row -> problem
+        while waiting or live:
+            for row in range(n_rows):
+                if row not in live and waiting:
+                    live[row] = waiting.popleft()
+                    self._push(row, live[row], live[row].prompt)
+            for row, problem in list(live.items()):
+                self._check_limits(problem)
+                if problem.ending:
+                    yield live.pop(row)
+            if not live:
+                continue
+            # Given segments (many tokens) go ahead of single tokens: the rows that only write would pay for the padding.
+            rows = [r for r, p in live.items() if len(p.stack[-1].pending) > 1] or list(live)
+            tokens = self.engine.feed(rows, [live[r].stack[-1].pending for r in rows])
+            for row, token in zip(rows, tokens, strict=True):
+                problem, frame = live[row], live[row].stack[-1]
+                problem.tokens_generated += 1
+                problem.tokens_forwarded += len(frame.pending)
+                frame.tokens += frame.pending
+                if token == self.tokenizer.eos_id:
+                    frame.pending = []
+                    self._segment_written(row, problem)
+                else:
+                    frame.pending = [token]
+                    frame.writing.append(token)
+                if problem.ending:
+                    yield live.pop(row)
+
+    # The mechanism.
+
+    def _push(self, row: int, problem: Problem, prompt: str) -> None:
+        """A fresh context for a prompt: nothing of the caller's is in it."""
+        self.engine.clear(row)
+        frame = Frame(len(problem.stack), [given(prompt)], [], self.tokenizer.start(prompt))
+        problem.stack.append(frame)
+        problem.n_frames += 1
+        problem.deepest = max(problem.deepest, frame.depth)
+        if self.keep_frames:
+            problem.frames.append(frame)
+        self.on_segment(problem, frame, frame.segments[0])
+
+    def _segment_written(self, row: int, problem: Problem) -> None:
+        """The model has ended a segment: it is a call, or the frame's answer."""
+        frame = problem.stack[-1]
+        text, frame.writing = self.tokenizer.decode(frame.writing), []
+        frame.segments.append(written(text))
+        self.on_segment(problem, frame, frame.segments[-1])
+        _, call, callee = text.rpartition(CALL)
+        if call:
+            if not callee.endswith("\n") or "\n" in callee[:-1] or not callee.strip():
+                self._fail(problem, "bad-call")
+            elif len(problem.stack) >= self.limits.max_depth:
+                self._fail(problem, "max-depth")
+            else:
+                self._suspend(row, frame)
+                self._push(row, problem, callee[:-1] + SOLUTION)
+        elif not return_value(text).strip():
+            self._fail(problem, "no-answer")
+        else:
+            frame.ending, frame.value = "answer", return_value(text)
+            self.on_segment(problem, frame, None)
+            problem.stack.pop()
+            if problem.stack:
+                self._resume(row, problem.stack[-1], returned(frame.value))
+                self.on_segment(problem, problem.stack[-1], problem.stack[-1].segments[-1])
+            else:
+                problem.ending, problem.text = "answer", text
+
+    def _suspend(self, row: int, frame: Frame) -> None:
+        frame.saved = self.engine.take(row)
+        self.suspended.append(frame)
+        self.suspended_bytes += _nbytes(frame.saved)
+        # Out of memory: the oldest frame forgets its keys and values, as it resumes last. It will be fed again.
+        while self.suspended_bytes + self.engine.nbytes > self.limits.cache_bytes and self.suspended:
+            self._forget(self.suspended.popleft())
+
+    def _forget(self, frame: Frame) -> None:
+        if frame.saved is not None:
+            self.suspended_bytes -= _nbytes(frame.saved)
+            frame.saved = None
+
+    def _resume(self, row: int, frame: Frame, text: str) -> None:
+        """Append a given segment to a suspended context, on top of its own cache."""
+        frame.segments.append(given(text))
+        frame.pending = self.tokenizer.segment(text)
+        if frame.saved is not None:
+            self.engine.put(row, frame.saved)
+            self._forget(frame)
+            if self.suspended[-1] is frame:
+                self.suspended.pop()
+        else:
+            self.engine.clear(row)
+            frame.pending = frame.tokens + frame.pending
+            frame.tokens = []
+
+    def _fail(self, problem: Problem, reason: str) -> None:
+        """End the live frame, and with it all that wait for it."""
+        while problem.stack:
+            frame = problem.stack.pop()
+            self._forget(frame)
+            frame.ending = reason
+            self.on_segment(problem, frame, None)
+        problem.ending = reason
+
+    def _check_limits(self, problem: Problem) -> None:
+        frame = problem.stack[-1]
+        if len(frame.tokens) + len(frame.pending) > self.engine.max_seq_len:
+            self._abandon(problem, "context-full")
+        elif problem.tokens_generated >= self.limits.max_tokens:
+            self._abandon(problem, "max-tokens")
+
+    def _abandon(self, problem: Problem, reason: str) -> None:
+        frame = problem.stack[-1]
+        if frame.writing:
+            frame.segments.append(written(self.tokenizer.decode(frame.writing)))
+            self.on_segment(problem, frame, frame.segments[-1])
+        self._fail(problem, reason)
+
+
+def _nbytes(saved: tuple[Tensor, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in saved)
+
+
+class Engine:
+    """The model and the KV cache of the live frames, one a row. Greedy, unless temperature is above 0."""
+
+    def __init__(self, model: LLaMA, *, temperature: float = 0.0, seed: int = 0):
+        self.model, self.temperature = model.eval(), temperature
+        self.dtype = model.tok_embeddings.weight.dtype
+        self.max_seq_len = model.config.max_seq_len
+        self.generator = torch.Generator(device=model.device).manual_seed(seed)
+        self.reset(0)
+
+    def reset(self, n_rows: int) -> None:
+        self.cache = KVCache(self.model.config, n_rows, device=self.model.device, dtype=self.dtype)
+
+    def rows_for(self, prompt_tokens: int, limits: Limits) -> int:
+        """How many problems to run at once.
+
+        The live frames must fit whatever their length. A problem whose prompt of P tokens loses two a level (one
+        digit of each operand) holds about P * P / 2 suspended positions at its deepest; a list loses more a level.
+        """
+        position = KVCache.bytes_per_position(self.model.config, self.dtype)
+        each = position * max(self.max_seq_len, prompt_tokens**2 // 2 + 4 * prompt_tokens)
+        return max(1, min(limits.batch, limits.cache_bytes // each))
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes((self.cache.keys, self.cache.values))
+
+    def clear(self, row: int) -> None:
+        self.cache.lengths[row] = 0
+
+    def take(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.cache.take(row)
+
+    def put(self, row: int, saved: tuple[Tensor, Tensor]) -> None:
+        self.cache.put(row, saved)
+
+    @torch.inference_mode()
+    def feed(self, rows: list[int], chunks: list[list[int]]) -> list[int]:
+        """Append chunks[i] to row rows[i]; return the token that the model then writes, for each row."""
+        n_rows, device = len(self.cache.lengths), self.model.device
+        T = max(map(len, chunks))
+        whole = 2 * len(rows) > n_rows and int(self.cache.lengths.max()) + T <= self.max_seq_len
+        if whole and len(rows) < n_rows:  # rows with nothing to do are fed no tokens: cheaper than copying the others out
+            by_row = dict(zip(rows, chunks, strict=True))
+            chunks_in = [by_row.get(r, []) for r in range(n_rows)]
+        else:
+            chunks_in = chunks
+        tokens = torch.tensor([c + [0] * (T - len(c)) for c in chunks_in], device=device)
+        n_new = torch.tensor([len(c) for c in chunks_in], device=device)
+        select = torch.arange(T, device=device) == (n_new - 1)[:, None]  # the last real token of each row
+        index = None if whole else torch.tensor(rows, device=device)
+        logits = self.model(tokens, cache=self.cache, rows=index, n_new=n_new, select=select).float()  # [len(rows), V]
+        if self.temperature <= 0:
+            chosen = logits.argmax(dim=-1)
+        else:
+            chosen = torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=self.generator)[:, 0]
+        if whole:  # in the order of the rows, which need not be the caller's
+            order = {r: i for i, r in enumerate(sorted(rows))}
+            return [chosen[order[r]].item() for r in rows]
+        return chosen.tolist()
+
+
+# --- the command line --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RecurseConfig:
+    """Solve one problem and show the call stack as it grows and shrinks."""
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    """the problem, as in: 73199 + 21439"""
+    method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
+    adapter: Path | None = None
+    """folder of an adapter (default: the newest of this task and method under runs/, else the shipped one)"""
+    base: Path | None = None
+    """folder of the base model (default: the one that the adapter was trained on)"""
+    json: bool = False
+    """print the frames as one JSON object instead"""
+    temperature: float = 0.0
+    """0 is greedy; above that, sample"""
+    seed: int = 0
+    """of the sampling"""
+    max_depth: int = Limits.max_depth
+    """frames on the stack"""
+    max_tokens: int = Limits.max_tokens
+    """tokens written, over all frames"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def load_solver(adapter: Path, base: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[LLaMA, Tokenizer]:
+    """A base with an adapter merged into it, and its tokenizer."""
+    _, trained_on = lora.read_adapter_config(adapter)
+    model, tokenizer = llama.load(llama.find_folder(base or Path(trained_on)), device=device, dtype=dtype)
+    lora.load_adapter(model, adapter)
+    lora.merge(model)
+    return model, tokenizer
+
+
+def frame_to_json(frame: Frame) -> dict:
+    return {
+        "depth": frame.depth,
+        "segments": [{"text": s.text, "written": s.written} for s in frame.segments],
+        "ending": frame.ending,
+        "value": frame.value,
+    }
+
+
+def print_segment(problem: Problem, frame: Frame, segment: Segment | None) -> None:
+    """One line a segment, indented by depth; what the model wrote is marked, and bold on a terminal."""
+    indent = "  " * frame.depth
+    if segment is None:
+        if frame.ending != "answer":
+            print(f"{indent}ended: {frame.ending}")
+        return
+    text = segment.text.replace("\n", "⏎")
+    if segment.written and sys.stdout.isatty():
+        text = f"\033[1m{text}\033[0m"
+    print(f"{indent}{'writes' if segment.written else 'given '} {text}", flush=True)
+
+
+def main(c: RecurseConfig) -> int:
+    if not c.prompt.strip():
+        raise UserError('the prompt is empty; expected a problem such as "73199 + 21439"')
+    if c.temperature < 0 or c.max_depth < 1 or c.max_tokens < 1:
+        raise UserError("expected --temperature of 0 or more, --max-depth and --max-tokens of 1 or more")
+    found = [(task, p) for task in TASKS.values() if (p := task.from_text(c.prompt)) is not None]
+    if not found:
+        examples = "; ".join(t.example for t in TASKS.values())
+        raise UserError(f"{c.prompt[:60]!r} is no problem of a known task; expected one such as: {examples}")
+    task, problem = found[0]
+    adapter = c.adapter or lora.find_adapter(task.name, c.method)
+    device = llama.pick_device(c.device)
+    model, tokenizer = load_solver(adapter, c.base, device, llama.pick_dtype(c.dtype, device))
+    prompt = task.prompt(problem, c.method)
+    size, most = len(tokenizer.start(prompt)), model.config.max_seq_len
+    if size > most:
+        raise UserError(f"the prompt has {size} tokens, the model takes {most}; give a shorter problem")
+    decoder = Decoder(
+        Engine(model, temperature=c.temperature, seed=c.seed),
+        tokenizer,
+        Limits(max_depth=c.max_depth, max_tokens=c.max_tokens),
+        keep_frames=True,
+        on_segment=None if c.json else print_segment,
+    )
+    (result,) = decoder.solve([prompt])
+    answer = task.parse(result.text, c.method) if result.ending == "answer" else None
+    right = result.ending == "answer" and task.judge(problem, result.text, c.method)
+    if c.json:
+        report = {
+            "task": task.name, "method": c.method, "adapter": str(adapter), "prompt": prompt, "ending": result.ending,
+            "answer": answer, "oracle": task.oracle(problem), "correct": right, "deepest": result.deepest,
+            "tokens_generated": result.tokens_generated, "tokens_forwarded": result.tokens_forwarded,
+            "frames": [frame_to_json(f) for f in result.frames],
+        }  # fmt: skip
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        verdict = f"answer: {answer}" if answer is not None else f"no answer ({result.ending})"
+        truth = "right" if right else f"wrong, it is {task.oracle(problem)}"
+        print(f"{verdict} ({truth}); {result.n_frames} frames, {result.tokens_generated} tokens written, by {adapter}")
+    return 0 if result.ending == "answer" else 1
+
+
+if __name__ == "__main__":
+    llama.run_script(lambda: main(tyro.cli(RecurseConfig)))
