@@ -1,0 +1,530 @@
+"""Fine-tune a LLaMA with LoRA on one task by one method; or train all of its parameters, as the shipped base was (--full).
+
+    python train.py --task addition --method retuning
+
+In the order of the pipeline: the configuration, examples (contexts as token ids and labels), batches, the loss, the
+optimizer, the loop. A run leaves in runs/<task>-<method>/ the adapter, train_config.json and metrics.jsonl.
+"""
+
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+from tqdm import tqdm
+
+import lora
+import model as llama
+from model import LLaMA, ModelConfig, Tokenizer, UserError
+from recurse import Decoder, Engine
+from tasks import TASKS, Context, Primer, tokenizer_corpus
+
+IGNORE = -100  # the label where nothing is to be predicted
+
+# The shape of the shipped base: 2.2 million parameters.
+TINY = dict(dim=192, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=48, hidden_dim=512, max_seq_len=4096)
+
+
+@dataclass
+class TrainConfig:
+    """Train an adapter (or, with --full, a whole model) on one task by one method."""
+
+    task: Literal["addition", "primer"] = "addition"
+    """what to learn; the primer is what the shipped base was trained on"""
+    method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
+    preset: Literal["tiny", "paper", "base"] = "tiny"
+    """defaults for: the shipped base; a 7B or 13B LLaMA, as in the paper's release; training the shipped base itself"""
+    base: Path = Path("checkpoints/tiny")
+    """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
+    out: Path = Path("runs")
+    """where the run's folder goes: <out>/<task>-<method>, or -2, -3, ... where that exists"""
+    resume: bool = False
+    """go on with the newest unfinished run of this task and method"""
+    seed: int = 0
+
+    full: bool = False
+    """train all parameters instead of an adapter"""
+    from_scratch: bool = False
+    """with --full: start from random weights of the shipped base's shape, and a tokenizer of our own"""
+    rank: int = 32
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = lora.LAYERS
+    """linear layers that get an adapter, by Meta's names"""
+
+    steps: int = 400
+    """optimizer steps"""
+    batch_size: int = 128
+    """contexts per step"""
+    micro_tokens: int = 4096
+    """padded tokens per forward pass; a step takes as many passes as it needs"""
+    lr: float = 4e-3
+    """peak learning rate: reached after `warmup` steps, falling linearly to 0 over the last `decay` of the run"""
+    warmup: int = 20
+    decay: float = 0.7
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    """largest norm of the gradient"""
+    gradient_checkpointing: bool = False
+    """recompute each block in the backward pass: less memory, a third more time"""
+
+    stretch: float = 8.0
+    """up to which factor positions are stretched in training (1: not at all), see `stretch`"""
+    replay: float = 0.3
+    """share of primer contexts among the examples, so that what the base can do at greater lengths is kept"""
+
+    save_every: int = 50
+    """steps between checkpoints"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """of the products (autocast); trained parameters are fp32"""
+
+
+PRESETS: dict[str, dict] = {
+    "tiny": {},
+    "paper": dict(
+        rank=64, alpha=64.0, dropout=0.05, targets=("wq", "wk", "wv", "wo"), lr=2e-4, warmup=1, decay=0.0, clip=10.0,
+        batch_size=128, steps=3906, gradient_checkpointing=True, stretch=1.0, replay=0.0, weight_decay=0.01,
+    ),
+    "base": dict(
+        task="primer", full=True, from_scratch=True, steps=3500, batch_size=64, lr=2e-3, warmup=100, decay=0.5,
+        weight_decay=0.01, replay=0.0, save_every=100,
+    ),
+}  # fmt: skip
+
+
+# --- examples ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Example:
+    """One context as a sequence: what goes in, and what is to be predicted from it at each place."""
+
+    tokens: list[int]
+    labels: list[int]
+    positions: list[float]
+
+
+def encode(context: Context, tokenizer: Tokenizer) -> Example:
+    """Token ids and labels of a context.
+
+    Labels are kept apart from inputs. After the last token of a written segment the label is EOS, while the next input
+    is already the given segment that follows: contexts hold no EOS.
+    """
+    tokens: list[int] = []
+    labels: list[int] = []
+    for i, segment in enumerate(context):
+        ids = tokenizer.segment(segment.text) if i else tokenizer.start(segment.text)
+        tokens += ids
+        if segment.written:
+            labels[-1:] = [*ids, tokenizer.eos_id]  # labels are those of the *next* token: one place to the left
+        else:
+            labels += [IGNORE] * len(ids)
+    return Example(tokens, labels, [float(i) for i in range(len(tokens))])
+
+
+def boundaries(tokenizer: Tokenizer) -> list[bool]:
+    """For each token id, whether a piece of text may start after it: words and delimiters, not digits or items."""
+    pieces = (tokenizer.sp.id_to_piece(i) for i in range(tokenizer.vocab_size))
+    return [p == "<0x0A>" or any(c.islower() or c in "+:|;/*?" for c in p) for p in pieces]
+
+
+def stretch(example: Example, is_boundary: list[bool], rng: random.Random, factor: float) -> None:
+    """Give a training sequence positions such as a longer one would have; at evaluation positions are 0, 1, 2, ...
+
+    After "Randomized Positional Encodings Boost Length Generalization" (Ruoss et al. 2023), for RoPE, in three
+    manners: as they are; all distances multiplied by one factor, with jumps where a new piece of text starts (so that
+    places within a number can still be counted); and a sorted random subset of a longer range (so that they cannot).
+    """
+    r = rng.random()
+    if factor <= 1 or r < 0.4:
+        return
+    n = len(example.tokens)
+    scale = factor ** rng.random()
+    if r < 0.9:
+        jump = rng.choice((0.0, 0.0, 4.0, 16.0, 64.0))
+        position, positions = 0.0, []
+        for token in example.tokens:
+            positions.append(position)
+            position += scale + (rng.random() * jump if jump and is_boundary[token] else 0.0)
+        example.positions = positions
+    else:
+        example.positions = [float(p) for p in sorted(rng.sample(range(int(n * scale) + 1), n))]
+
+
+def primer_items(progress: float, longest: int = 128) -> int:
+    """Curriculum of the primer: sequences of 8 items at first, of up to 128 from 40 % of the run on."""
+    return int(8 * (longest / 8) ** min(1.0, progress / 0.4))
+
+
+class Data:
+    """Examples of a run. Those of a step depend on the seed and the step alone, so that a resumed run sees the same."""
+
+    def __init__(self, c: TrainConfig, tokenizer: Tokenizer, max_seq_len: int):
+        self.c, self.tokenizer, self.max_seq_len = c, tokenizer, max_seq_len
+        self.is_boundary = boundaries(tokenizer)
+
+    def step(self, step: int) -> list[Example]:
+        rng = random.Random(f"{self.c.seed}-{step}")
+        examples = []
+        primer = Primer(primer_items(step / self.c.steps)) if self.c.task == "primer" else Primer()
+        for _ in range(self.c.batch_size):
+            if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
+                context = primer.training_context(rng)
+            else:
+                context = TASKS[self.c.task].training_context(rng, self.c.method)
+            examples.append(self.encode(context))
+        for example in examples:
+            stretch(example, self.is_boundary, rng, self.c.stretch)
+        return examples
+
+    def encode(self, context: Context) -> Example:
+        example = encode(context, self.tokenizer)
+        if len(example.tokens) > self.max_seq_len:
+            raise UserError(f"a training context has {len(example.tokens)} tokens, the base takes {self.max_seq_len} at most")
+        return example
+
+    def validation(self, n: int = 256) -> list[Example]:
+        """Contexts from a stream of their own, at ordinary positions."""
+        rng = random.Random(f"validation-{self.c.seed}")
+        task = Primer() if self.c.task == "primer" else TASKS[self.c.task]
+        return [self.encode(task.training_context(rng, self.c.method)) for _ in range(n)]
+
+
+# --- batches and the loss ----------------------------------------------------------------------------------------
+
+
+def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example]]:
+    """Group examples of like length, at most max_tokens padded tokens a group (or one example)."""
+    groups: list[list[Example]] = []
+    for e in sorted(examples, key=lambda e: len(e.tokens)):
+        if groups and (len(groups[-1]) + 1) * len(e.tokens) <= max_tokens:
+            groups[-1].append(e)
+        else:
+            groups.append([e])
+    return groups
+
+
+def collate(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens, labels and positions, [B, T] each, padded on the right (token 0, no label)."""
+    T = max(len(e.tokens) for e in examples)
+
+    def pad(rows: list, value: float, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([row + [value] * (T - len(row)) for row in rows], dtype=dtype, device=device)
+
+    return (
+        pad([e.tokens for e in examples], 0, torch.long),
+        pad([e.labels for e in examples], IGNORE, torch.long),
+        pad([e.positions for e in examples], 0.0, torch.float32),
+    )
+
+
+def n_targets(examples: list[Example]) -> int:
+    return sum(label != IGNORE for e in examples for label in e.labels)
+
+
+def loss_sum(model: LLaMA, batch: tuple[Tensor, Tensor, Tensor], gradient_checkpointing: bool = False) -> Tensor:
+    """Summed cross-entropy (nats) over the labelled places; only there are logits computed."""
+    tokens, labels, positions = batch
+    select = labels != IGNORE
+    logits = model(tokens, positions=positions, select=select, gradient_checkpointing=gradient_checkpointing)
+    return F.cross_entropy(logits.float(), labels[select], reduction="sum")
+
+
+def autocast(model: LLaMA, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+@torch.no_grad()
+def evaluate(model: LLaMA, examples: list[Example], dtype: torch.dtype, max_tokens: int) -> float:
+    """Mean loss (nats per target token)."""
+    model.eval()
+    total = 0.0
+    for group in micro_batches(examples, max_tokens):
+        with autocast(model, dtype):
+            total += loss_sum(model, collate(group, model.device)).item()
+    return total / n_targets(examples)
+
+
+# --- the model and its optimizer ---------------------------------------------------------------------------------
+
+
+def train_tokenizer(path: Path) -> None:
+    """The shipped base's sentencepiece model, with LLaMA's settings: single digits, byte fallback, nothing normalized."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as f:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(tokenizer_corpus()), model_writer=f, model_type="bpe", vocab_size=512,
+                byte_fallback=True, split_digits=True, allow_whitespace_only_pieces=True,
+                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
+                character_coverage=1.0, unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, minloglevel=2,
+            )  # fmt: skip
+
+    llama.write_atomically(path, write)
+
+
+def init_weights(model: LLaMA) -> None:
+    """Normal, of variance 1 / fan-in; less for what is added to the residual stream, so that it starts nearly empty."""
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            std = p.shape[1] ** -0.5 if "layers." in name else 0.02
+            torch.nn.init.normal_(p, std=std * (0.3 if name.endswith(("wo.weight", "w2.weight")) else 1.0))
+
+
+def build(c: TrainConfig, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[LLaMA, Tokenizer]:
+    """The model to train: only what is trained requires gradients."""
+    torch.manual_seed(c.seed)
+    if c.from_scratch:
+        if not (folder / "tokenizer.model").exists():
+            train_tokenizer(folder / "tokenizer.model")
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+        model = LLaMA(ModelConfig(vocab_size=tokenizer.vocab_size, **TINY))
+        init_weights(model)
+        return model.to(device), tokenizer
+    # A frozen base may be in bf16; parameters that are trained are fp32, or small updates would be rounded away.
+    model, tokenizer = llama.load(llama.find_folder(c.base), device=device, dtype=torch.float32 if c.full else dtype)
+    if c.full:
+        model.requires_grad_(True)
+    else:
+        lora.wrap(model, lora_config(c))
+    return model, tokenizer
+
+
+def lora_config(c: TrainConfig) -> lora.LoRAConfig:
+    return lora.LoRAConfig(c.rank, c.alpha, c.dropout, c.targets)
+
+
+def trainable(model: LLaMA) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def optimizers(c: TrainConfig, model: LLaMA) -> list[torch.optim.Optimizer]:
+    """AdamW; for whole models Muon on the matrices of the blocks, which leaves the plateau before copying is learned sooner."""
+    parameters = trainable(model)
+    if not c.full:
+        return [torch.optim.AdamW(parameters.values(), lr=c.lr, weight_decay=c.weight_decay, fused=True)]
+    matrices = [p for name, p in parameters.items() if p.dim() == 2 and "layers." in name]
+    others = [p for name, p in parameters.items() if not (p.dim() == 2 and "layers." in name)]
+    return [
+        torch.optim.Muon(matrices, lr=c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=c.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def learning_rate(c: TrainConfig, step: int) -> float:
+    """Linear warm-up, constant, linear decay."""
+    progress = step / c.steps
+    rise = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
+    return c.lr * rise * (1.0 if progress < 1 - c.decay else (1 - progress) / c.decay)
+
+
+# --- the run's folder --------------------------------------------------------------------------------------------
+
+
+def run_name(c: TrainConfig) -> str:
+    return c.task if c.task == "primer" else f"{c.task}-{c.method}"
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists() or (folder / "config.json").exists()
+
+
+def new_run(c: TrainConfig) -> Path:
+    """Create the run's folder, under a name not taken, with its configuration in it."""
+    number = max(lora.numbered(c.out, run_name(c)), default=0) + 1
+    folder = c.out / (run_name(c) if number == 1 else f"{run_name(c)}-{number}")
+    folder.mkdir(parents=True)
+    text = json.dumps(asdict(c), indent=2, default=str) + "\n"
+    llama.write_atomically(folder / "train_config.json", lambda p: p.write_text(text))
+    return folder
+
+
+def find_run(c: TrainConfig, given: dict) -> tuple[Path, TrainConfig]:
+    """The newest unfinished run of this task and method, with its own configuration; `given` are flags on the command line."""
+    unfinished = [f for f in lora.numbered(c.out, run_name(c)).values() if not is_finished(f)]
+    if not unfinished:
+        raise UserError(f"{c.out}: no unfinished run of {run_name(c)} to resume; leave out --resume to start one")
+    folder = unfinished[-1]
+    saved = llama.read_json(folder / "train_config.json")
+    for key, value in given.items():
+        now = json.loads(json.dumps(value, default=str))
+        if key not in ("resume", "out") and now != saved.get(key):
+            raise UserError(f"{folder}: this run has {key} = {saved.get(key)!r}, not {now!r}; resume it without that flag")
+    names = {f.name for f in fields(TrainConfig)}
+    if names != saved.keys():
+        raise UserError(f"{folder}/train_config.json: unknown or missing keys {sorted(names ^ saved.keys())}")
+    saved |= dict(base=Path(saved["base"]), out=c.out, targets=tuple(saved["targets"]), resume=True)
+    return folder, TrainConfig(**saved)
+
+
+def save_checkpoint(folder: Path, step: int, model: LLaMA, optimizers: list, seconds: float) -> None:
+    """All that is needed to go on after `step` steps. (Data and dropout are functions of the seed and the step.)"""
+    state = {
+        "step": step,
+        "parameters": {n: p.detach() for n, p in trainable(model).items()},
+        "optimizers": [o.state_dict() for o in optimizers],
+        "seconds": seconds,
+    }
+    llama.write_atomically(folder / "checkpoint.pt", lambda p: torch.save(state, p))
+
+
+def load_checkpoint(folder: Path, model: LLaMA, optimizers: list) -> tuple[int, float]:
+    """Returns (steps done, seconds spent); (0, 0) where no checkpoint was reached."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return 0, 0.0
+    state = torch.load(path, map_location=model.device, weights_only=True)
+    with torch.no_grad():
+        for name, p in trainable(model).items():
+            p.copy_(state["parameters"][name])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return state["step"], state["seconds"]
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line. A resumed run drops the lines after its checkpoint."""
+
+    def __init__(self, path: Path, steps_done: int):
+        kept = []
+        if path.exists():
+            kept = [
+                line
+                for line in path.read_text().splitlines(True)
+                if line.endswith("\n") and json.loads(line)["step"] <= steps_done
+            ]
+        llama.write_atomically(path, lambda p: p.write_text("".join(kept)))
+        self.file = path.open("a")
+
+    def write(self, **values) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
+# --- the loop ----------------------------------------------------------------------------------------------------
+
+
+def train(c: TrainConfig, folder: Path) -> None:
+    device = llama.pick_device(c.device)
+    dtype = llama.pick_dtype(c.dtype, device)
+    model, tokenizer = build(c, folder, device, dtype)
+    data = Data(c, tokenizer, model.config.max_seq_len)
+    opts = optimizers(c, model)
+    start, seconds = load_checkpoint(folder, model, opts)
+    metrics = Metrics(folder / "metrics.jsonl", start)
+    count = sum(p.numel() for p in trainable(model).values())
+    print(f"{folder}: {count:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}, {dtype} on {device}")
+
+    began = time.monotonic() - seconds
+    bar = tqdm(range(start, c.steps), initial=start, total=c.steps, unit="step", disable=None, mininterval=1.0)
+    for step in bar:
+        model.train()
+        torch.manual_seed(hash((c.seed, step)) % 2**31)  # dropout
+        examples = data.step(step)
+        targets = n_targets(examples)
+        for optimizer in opts:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(c, step)
+        total = 0.0
+        for group in micro_batches(examples, c.micro_tokens):
+            with autocast(model, dtype):
+                loss = loss_sum(model, collate(group, device), c.gradient_checkpointing)
+            (loss / targets).backward()  # the mean is over the targets of the whole step
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), c.clip).item()
+        if not math.isfinite(norm):
+            raise UserError(
+                f"step {step}: the gradient is not finite (loss {total / targets:.3g}); try a smaller --lr than {c.lr}"
+            )
+        for optimizer in opts:
+            optimizer.step()
+            optimizer.zero_grad()
+        bar.set_postfix(loss=f"{total / targets:.4f}")
+        metrics.write(
+            step=step + 1, loss=total / targets, lr=learning_rate(c, step), gradient_norm=norm, targets=targets,
+            tokens=sum(len(e.tokens) for e in examples), seconds=round(time.monotonic() - began, 2),
+        )  # fmt: skip
+        if (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+            save_checkpoint(folder, step + 1, model, opts, time.monotonic() - began)
+
+    validation = evaluate(model, data.validation(), dtype, c.micro_tokens)
+    print(f"validation loss {validation:.5f} nats per target token, after {time.monotonic() - began:.0f} s")
+    metrics.write(step=c.steps, validation_loss=validation, seconds=round(time.monotonic() - began, 2))
+    if c.full:
+        llama.save(model, tokenizer, folder)
+    else:
+        accuracy = quick_decode(c, model, tokenizer)
+        print(f"solves {accuracy:.1%} of held-out problems of the training lengths")
+        metrics.write(step=c.steps, in_distribution_accuracy=accuracy)
+        lora.save_adapter(model, folder, lora_config(c), base=str(c.base))
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    print(f"written: {folder}")
+
+
+def quick_decode(c: TrainConfig, model: LLaMA, tokenizer: Tokenizer, n: int = 60) -> float:
+    """Share of in-distribution problems (all training lengths, held out from training) that the new adapter solves."""
+    task, rng = TASKS[c.task], random.Random(f"quick-{c.seed}")
+    lengths = [task.train_lengths[i * len(task.train_lengths) // n] for i in range(n)]
+    problems = [task.sample(rng, length) for length in lengths]
+    wrapped = lora.merge(model)
+    decoder = Decoder(Engine(model), tokenizer)
+    right, bar = 0, tqdm(total=n, unit="problem", disable=None, desc="in distribution")
+    for result in decoder.solve([task.prompt(p, c.method) for p in problems]):
+        right += result.ending == "answer" and task.judge(problems[result.index], result.text, c.method)
+        bar.update()
+    bar.close()
+    lora.unmerge(model, wrapped)
+    return right / n
+
+
+def main() -> None:
+    """Read the flags on top of the preset's defaults, open or find the run's folder, train."""
+    argv = [a for arg in sys.argv[1:] for a in arg.split("=", 1)]
+    preset = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--preset"), "tiny")
+    default = TrainConfig(**PRESETS.get(preset, {}) | {"preset": preset if preset in PRESETS else "tiny"})
+    c = tyro.cli(TrainConfig, default=default)
+    check(c)
+    if c.resume:
+        folder, c = find_run(c, {f.name: getattr(c, f.name) for f in fields(c) if getattr(c, f.name) != getattr(default, f.name)})
+    else:
+        if not c.from_scratch:  # before a folder is made for a run that cannot be
+            llama.config_from_hf(llama.find_folder(c.base) / "config.json")
+        folder = new_run(c)
+    train(c, folder)
+
+
+def check(c: TrainConfig) -> None:
+    """Refuse settings that no run could have."""
+    if c.task == "primer" and not c.full:
+        raise UserError("the primer trains a whole model: add --full (or --preset base)")
+    if c.from_scratch and not c.full:
+        raise UserError("--from-scratch needs --full: an adapter needs a base")
+    for name in ("steps", "batch_size", "micro_tokens", "save_every", "rank"):
+        if getattr(c, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
+    for name, low, high in (
+        ("lr", 0, math.inf),
+        ("dropout", 0, 0.99),
+        ("replay", 0, 1),
+        ("decay", 0, 1),
+        ("stretch", 1, math.inf),
+        ("clip", 0, math.inf),
+    ):
+        if not low <= getattr(c, name) <= high:
+            raise UserError(f"--{name} {getattr(c, name)}: expected {low} to {high}")
+    if not c.full:
+        lora_config(c)
+
+
+if __name__ == "__main__":
+    llama.run_script(main)
