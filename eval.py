@@ -1,0 +1,324 @@
+"""Evaluate adapters by problem length, above all out of distribution.
+
+    python eval.py --ood
+
+One loop and one decoding policy (greedy, the call-stack decoder of recurse.py) for all methods, which are asked the same
+problems. The task parses and judges. Prints a table, and writes <out>/ood.json and <out>/ood.png.
+"""
+
+import hashlib
+import json
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+import lora
+import model as llama
+from model import UserError
+from recurse import Decoder, Engine, Limits, load_solver
+from tasks import METHODS, TASKS
+
+
+@dataclass
+class EvalConfig:
+    """Evaluate the newest adapter of each task and method (under runs/, else the shipped one)."""
+
+    ood: bool = False
+    """out of distribution: lengths beyond training, and the far end of the training lengths for comparison"""
+    task: Literal["addition"] | None = None
+    """one task only"""
+    method: Literal["baseline", "scratchpad", "retuning"] | None = None
+    """one method only"""
+    lengths: tuple[int, ...] = ()
+    """lengths of the problems (default: the task's own list)"""
+    n: int = 100
+    """problems per length"""
+    seed: int = 0
+    """of the problems, which are drawn from those held out of training"""
+    problems: Path | None = None
+    """your own problems instead: one JSON object a line, {"task": "addition", "a": "73199", "b": "21439"}"""
+    out: Path = Path("results")
+    """folder for the results"""
+    runs: Path = Path("runs")
+    """folder with the adapters that train.py made"""
+    adapter: Path | None = None
+    """folder of one adapter (with --task and --method)"""
+    base: Path | None = None
+    """folder of the base model (default: the one that an adapter was trained on)"""
+    cache_gib: float = 2.0
+    """memory for keys and values"""
+    batch: int = Limits.batch
+    """problems at once"""
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass
+class Cell:
+    """One task, method, adapter and length, and its problems."""
+
+    task: str
+    method: str
+    adapter: Path
+    length: int
+    problems: list
+
+    @property
+    def key(self) -> str:
+        """Names the work, so that an interrupted evaluation finds what is done: a changed adapter or problem is other work."""
+        digest = hashlib.sha256((self.adapter / "adapter_model.safetensors").read_bytes())
+        digest.update("\n".join(TASKS[self.task].prompt(p, self.method) for p in self.problems).encode())
+        return f"{self.task}-{self.method}-{self.length}-{digest.hexdigest()[:16]}"
+
+
+def wilson(correct: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927)."""
+    z, p = 1.959964, correct / n
+    centre = p + z * z / (2 * n)
+    spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+# --- what is to be evaluated -------------------------------------------------------------------------------------
+
+
+def own_problems(path: Path) -> dict[tuple[str, int], list]:
+    """Problems of a JSON-lines file by task and length."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected JSON lines with problems")
+    found: dict[tuple[str, int], list] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path}: not UTF-8 text ({e})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+            if not isinstance(fields, dict) or fields.get("task") not in TASKS:
+                raise UserError(f'expected an object with "task" one of {", ".join(TASKS)}, found {line[:60]}')
+            problem = TASKS[fields["task"]].from_json(fields)
+        except ValueError as e:  # of json, or a UserError
+            raise UserError(f"{path}, line {number}: {e}") from None
+        found.setdefault((fields["task"], problem.length), []).append(problem)
+    if not found:
+        raise UserError(f"{path}: no problems in it")
+    return found
+
+
+def find_adapters(c: EvalConfig) -> list[tuple[str, str, Path]]:
+    """(task, method, folder) of all adapters that there are, within the choice made by the flags."""
+    if c.adapter:
+        if not (c.task and c.method):
+            raise UserError("--adapter needs --task and --method, which the folder does not tell")
+        return [(c.task, c.method, c.adapter)]
+    found, missing = [], None
+    for task in [c.task] if c.task else TASKS:
+        for method in [c.method] if c.method else METHODS:
+            try:
+                found.append((task, method, lora.find_adapter(task, method, c.runs)))
+            except UserError as e:
+                missing = e
+    if not found and missing:
+        raise missing
+    return found
+
+
+def cells(c: EvalConfig) -> list[Cell]:
+    found = find_adapters(c)
+    if c.problems:
+        groups = own_problems(c.problems)
+    else:
+        groups = {}
+        for task in {task: None for task, _, _ in found}:
+            for length in c.lengths or (TASKS[task].ood_lengths if c.ood else TASKS[task].train_lengths):
+                rng = random.Random(f"eval-{c.seed}-{task}-{length}")  # the same problems for all methods
+                groups[task, length] = [TASKS[task].sample(rng, length) for _ in range(c.n)]
+    return [Cell(t, m, a, length, p) for t, m, a in found for (task, length), p in sorted(groups.items()) if task == t]
+
+
+# --- the evaluation ----------------------------------------------------------------------------------------------
+
+
+class Partial:
+    """What is done so far, a line a problem, so that an interrupted evaluation goes on where it stopped."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path, self.done = path, {}
+        lines = path.read_text().splitlines() if path.exists() else []
+        records = []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break  # cut off while it was written
+        if records and records[0] == settings:
+            for r in records[1:]:
+                self.done[r["cell"], r["index"]] = r
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [settings, *self.done.values()]
+        llama.write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+        self.file = path.open("a")
+
+    def add(self, record: dict) -> None:
+        self.done[record["cell"], record["index"]] = record
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+
+
+def run_cell(cell: Cell, key: str, decoder: Decoder, partial: Partial) -> Iterator[dict]:
+    """Decode the problems of a cell that are not done yet; yields a record a problem."""
+    task = TASKS[cell.task]
+    waiting = [i for i in range(len(cell.problems)) if (key, i) not in partial.done]
+    before = time.monotonic()
+    for result in decoder.solve([task.prompt(cell.problems[i], cell.method) for i in waiting]):
+        index, now = waiting[result.index], time.monotonic()
+        record = {
+            "cell": key,
+            "index": index,
+            "correct": result.ending == "answer" and task.judge(cell.problems[index], result.text, cell.method),
+            "ending": result.ending,
+            "tokens_generated": result.tokens_generated,
+            "tokens_forwarded": result.tokens_forwarded,
+            "seconds": now - before,  # since the one before: they sum up to the cell's
+        }
+        before = now
+        partial.add(record)
+        yield record
+
+
+def summary(cell: Cell, records: list[dict]) -> dict:
+    n, correct = len(records), sum(r["correct"] for r in records)
+    return {
+        "task": cell.task,
+        "method": cell.method,
+        "adapter": str(cell.adapter),
+        "length": cell.length,
+        "n": n,
+        "correct": correct,
+        "accuracy": correct / n,
+        "ci95": [round(x, 4) for x in wilson(correct, n)],
+        "endings": dict(Counter(r["ending"] for r in records)),
+        "tokens_generated": sum(r["tokens_generated"] for r in records),
+        "tokens_forwarded": sum(r["tokens_forwarded"] for r in records),
+        "seconds": round(sum(r["seconds"] for r in records), 2),
+    }
+
+
+def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
+    device = llama.pick_device(c.device)
+    dtype = llama.pick_dtype(c.dtype, device)
+    results, loaded, decoder = [], None, None
+    bar = tqdm(total=sum(len(cell.problems) for cell in todo), unit="problem", disable=None)
+    for cell in todo:
+        key = cell.key
+        done = [partial.done[key, i] for i in range(len(cell.problems)) if (key, i) in partial.done]
+        bar.update(len(done))
+        if len(done) < len(cell.problems):
+            if loaded != cell.adapter:
+                model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
+                limits = Limits(cache_bytes=int(c.cache_gib * 1024**3), batch=c.batch)
+                decoder, loaded = Decoder(Engine(model), tokenizer, limits), cell.adapter
+            for record in run_cell(cell, key, decoder, partial):
+                done.append(record)
+                right = sum(r["correct"] for r in done)
+                bar.set_description(f"{cell.task} {cell.method} {cell.length}: {right}/{len(done)} right")
+                bar.update()
+        results.append(summary(cell, done))
+        if bar.disable:
+            r = results[-1]
+            print(
+                f"{cell.task} {cell.method} length {cell.length}: {r['correct']}/{r['n']} right, {r['seconds']:.0f} s",
+                flush=True,
+            )
+    bar.close()
+    return results
+
+
+# --- the report --------------------------------------------------------------------------------------------------
+
+
+def table(results: list[dict]) -> str:
+    """Accuracy and its 95 % interval, in per cent, by length and method."""
+    lines = []
+    for task in dict.fromkeys(r["task"] for r in results):
+        methods = [m for m in METHODS if any(r["task"] == task and r["method"] == m for r in results)]
+        lines += ["", f"{task}, trained on lengths {TASKS[task].train_lengths[0]} to {TASKS[task].train_lengths[-1]}"]
+        lines += ["length " + "".join(f"{m:>20}" for m in methods) + "      n"]
+        for length in sorted({r["length"] for r in results if r["task"] == task}):
+            row = {r["method"]: r for r in results if r["task"] == task and r["length"] == length}
+            texts = []
+            for m in methods:
+                low, high = (100 * x for x in row[m]["ci95"])
+                texts.append(f"{100 * row[m]['accuracy']:.1f} ({low:.1f}-{high:.1f})")
+            lines.append(f"{length:<7}" + "".join(f"{t:>20}" for t in texts) + f"{next(iter(row.values()))['n']:>7}")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], path: Path) -> bool:
+    """Accuracy against length, a panel a task, a line a method. False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = list(dict.fromkeys(r["task"] for r in results))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(6 * len(tasks), 4), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        lengths = TASKS[task].train_lengths
+        axis.axvspan(lengths[0], lengths[-1], color="0.9", label="training lengths")
+        for method, marker in zip(METHODS, "sov", strict=True):
+            rows = sorted((r for r in results if r["task"] == task and r["method"] == method), key=lambda r: r["length"])
+            if rows:
+                y = [100 * r["accuracy"] for r in rows]
+                error = [[max(0, v - 100 * r["ci95"][0]) for v, r in zip(y, rows, strict=True)],
+                         [max(0, 100 * r["ci95"][1] - v) for v, r in zip(y, rows, strict=True)]]  # fmt: skip
+                axis.errorbar([r["length"] for r in rows], y, yerr=error, marker=marker, capsize=2, label=method)
+        axis.set(title=task, xlabel="length of the problem", ylabel="accuracy (%)", ylim=(-3, 103))
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    llama.write_atomically(path, lambda p: figure.savefig(p, dpi=120, format="png"))
+    plt.close(figure)
+    return True
+
+
+def main(c: EvalConfig) -> None:
+    if c.n < 1 or c.batch < 1 or any(length < 1 for length in c.lengths) or not c.cache_gib > 0:
+        raise UserError("expected --n, --batch and --lengths of 1 or more, --cache-gib above 0")
+    todo = cells(c)
+    for task, method, adapter in dict.fromkeys((cell.task, cell.method, cell.adapter) for cell in todo):
+        lora.read_adapter_config(adapter)
+        print(f"{task} by {method}: {adapter}")
+    name = "problems" if c.problems else "ood" if c.ood else "in-distribution"
+    device = llama.pick_device(c.device)
+    settings = {
+        "base": str(c.base),
+        "device": str(device),
+        "dtype": str(llama.pick_dtype(c.dtype, device)),
+        "batch": c.batch,
+    }
+    partial = Partial(c.out / f"{name}.partial.jsonl", settings)
+    results = evaluate(c, todo, partial)
+    report = {"results": results, "config": asdict(c), "seed": c.seed}
+    text = json.dumps(report, indent=1, default=str) + "\n"
+    llama.write_atomically(c.out / f"{name}.json", lambda p: p.write_text(text))
+    print(table(results))
+    drawn = plot(results, c.out / f"{name}.png")
+    partial.path.unlink()
+    print(f"\nwritten: {c.out / name}.json" + (f", {c.out / name}.png" if drawn else " (no figure: matplotlib is not installed)"))
+
+
+if __name__ == "__main__":
+    llama.run_script(lambda: main(tyro.cli(EvalConfig)))
