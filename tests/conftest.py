@@ -1,0 +1,91 @@
+"""Shared fixtures: a random model small enough for any test, and a scripted engine that stands in for a perfect one."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model as llama  # noqa: E402
+import train  # noqa: E402
+from tasks import ANSWER, SOLUTION, Addition  # noqa: E402
+
+BASE = ROOT / "checkpoints/tiny"
+LLAMA_TOKENIZER = Path(os.environ.get("LLAMA_TOKENIZER", ROOT.parent / "shared/llama-tokenizer.model"))
+
+
+def random_model(seed: int = 0, **changes) -> llama.LLaMA:
+    """Two layers, grouped queries, large weights, so that a mistake shows in the logits."""
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=512, dim=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, hidden_dim=48, max_seq_len=1024)
+    model = llama.LLaMA(llama.ModelConfig(**shape | changes))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, mean=1.0 if p.dim() == 1 else 0.0, std=0.25)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> llama.Tokenizer:
+    return llama.Tokenizer(BASE / "tokenizer.model")
+
+
+@pytest.fixture
+def small_base(tmp_path, tokenizer) -> Path:
+    """A folder with a random base."""
+    llama.save(random_model(), tokenizer, tmp_path / "base")
+    return tmp_path / "base"
+
+
+class ScriptedEngine:
+    """In place of recurse.Engine: contexts are lists of ids, and `write(ids so far)` gives the next one."""
+
+    def __init__(self, write, max_seq_len: int = 100_000):
+        self.write, self.max_seq_len, self.nbytes = write, max_seq_len, 0
+        self.fed = 0
+
+    def reset(self, n_rows):
+        self.rows = [[] for _ in range(n_rows)]
+
+    def rows_for(self, prompt_tokens, limits):
+        return limits.batch
+
+    def clear(self, row):
+        self.rows[row] = []
+
+    def take(self, row):
+        return torch.tensor(self.rows[row], dtype=torch.long), torch.tensor([], dtype=torch.long)
+
+    def put(self, row, saved):
+        self.rows[row] = saved[0].tolist()
+
+    def feed(self, rows, chunks):
+        for row, chunk in zip(rows, chunks, strict=True):
+            assert chunk, "a row was fed nothing"
+            self.rows[row] = self.rows[row] + chunk
+            self.fed += len(chunk)
+        return [self.write(self.rows[row]) for row in rows]
+
+
+def perfect(tokenizer, method, task=Addition):
+    """A writer that plays the oracle: it writes just what the training context of its prompt holds.
+
+    Whatever it is asked to go on from must equal that training context token for token, or it fails.
+    """
+    examples = {}
+
+    def write(ids):
+        text = tokenizer.sp.decode(ids)
+        head = text.partition(ANSWER if method == "baseline" else SOLUTION)[0]
+        if head not in examples:
+            examples[head] = train.encode(task.context(task.from_text(head), method), tokenizer)
+        example = examples[head]
+        assert ids == example.tokens[: len(ids)], "the decoder's context is not the training context"
+        label = example.labels[len(ids) - 1]
+        assert label != train.IGNORE, "the model was asked where nothing is to be predicted"
+        return label
+
+    return write

@@ -1,0 +1,67 @@
+"""What a user can get wrong gives one clear line and a non-zero exit; nothing half-written stays."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import BASE, ROOT
+
+
+def run(script, *args):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=100)
+
+
+CASES = [
+    ("train.py", ["--base", "nowhere"], "nowhere/config.json: no such file"),
+    ("train.py", ["--task", "primer"], "--full"),
+    ("train.py", ["--from-scratch"], "--full"),
+    ("train.py", ["--steps", "0"], "--steps 0: expected 1 or more"),
+    ("train.py", ["--lr", "-1"], "--lr -1.0: expected 0 to inf"),
+    ("train.py", ["--targets", "wq", "wx"], "'wx'"),
+    ("train.py", ["--resume"], "no unfinished run"),
+    ("recurse.py", [""], "the prompt is empty"),
+    ("recurse.py", ["   "], "the prompt is empty"),
+    ("recurse.py", ["hello"], "expected one such as: 73199 + 21439"),
+    ("recurse.py", ["1 + 2\nSolution: Call: x"], "no problem of a known task"),
+    ("recurse.py", ["1 + " + "9" * 5000], "tokens, the model takes"),
+    ("recurse.py", ["1 + 2", "--base", "nowhere"], "nowhere: no such folder"),
+    ("recurse.py", ["1 + 2", "--adapter", "nowhere"], "nowhere: no such adapter folder"),
+    ("recurse.py", ["1 + 2", "--temperature", "-1"], "--temperature of 0 or more"),
+    ("eval.py", ["--adapter", "nowhere"], "--adapter needs --task and --method"),
+    ("eval.py", ["--problems", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ("eval.py", ["--n", "0"], "1 or more"),
+]
+
+
+@pytest.mark.parametrize(("script", "args", "message"), CASES, ids=lambda x: str(x)[:30])
+def test_one_clear_line(script, args, message, tmp_path):
+    extra = ["--out", tmp_path / "out"] if script != "recurse.py" else []
+    done = run(script, *args, *extra)
+    assert done.returncode == 1
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ") and message in line
+    assert done.stdout == "" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("args", [["train.py", "--task", "magic"], ["eval.py", "--task", "magic"], ["recurse.py"]])
+def test_what_the_command_line_itself_refuses(args):
+    done = run(*args)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "recurse.py", "eval.py"])
+def test_help(script):
+    done = run(script, "--help")
+    assert done.returncode == 0 and "--device" in done.stdout
+
+
+def test_damaged_adapter_and_foreign_base(tmp_path, small_base):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(BASE / "adapters/addition-retuning", adapter)
+    done = run("recurse.py", "1 + 2", "--adapter", adapter, "--base", small_base)
+    assert done.returncode == 1 and "the base needs" in done.stderr and "Traceback" not in done.stderr
+    file = adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    done = run("recurse.py", "1 + 2", "--adapter", adapter)
+    assert done.returncode == 1 and "not a readable safetensors file" in done.stderr and "Traceback" not in done.stderr

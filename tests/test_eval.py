@@ -1,0 +1,124 @@
+"""The evaluation: intervals, files, interruption. On the shipped adapters, with few short problems."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import eval as evaluation
+from model import UserError
+
+
+def run(*args):
+    command = [sys.executable, ROOT / "eval.py", "--dtype", "float32", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)]
+)
+def test_wilson(correct, n, low, high):
+    """Values of the textbook formula, computed elsewhere."""
+    assert evaluation.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_ood(tmp_path):
+    done = run("--ood", "--lengths", "3", "5", "--n", "4", "--out", tmp_path, "--runs", tmp_path / "none")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "ood.json").read_text())
+    assert [(r["method"], r["length"]) for r in report["results"]] == [
+        (m, n) for m in ("baseline", "scratchpad", "retuning") for n in (3, 5)
+    ]
+    for r in report["results"]:
+        assert r.keys() == {
+            "task", "method", "adapter", "length", "n", "correct", "accuracy", "ci95", "endings", "tokens_generated",
+            "tokens_forwarded", "seconds",
+        }  # fmt: skip
+        assert r["n"] == 4 == sum(r["endings"].values()) and r["accuracy"] == r["correct"] / 4
+        assert r["ci95"][0] <= r["accuracy"] <= r["ci95"][1]
+        assert f"checkpoints/tiny/adapters/addition-{r['method']}" in r["adapter"]
+    assert report["seed"] == 0 and report["config"]["n"] == 4
+    assert "baseline" in done.stdout and "retuning" in done.stdout
+    assert not (tmp_path / "ood.partial.jsonl").exists()
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        assert "matplotlib is not installed" in done.stdout
+    else:
+        assert (tmp_path / "ood.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_methods_get_the_same_problems_and_seeds_differ(tmp_path):
+    def todo(seed):
+        return evaluation.cells(evaluation.EvalConfig(ood=True, n=5, seed=seed, runs=tmp_path))
+
+    by_method = {}
+    for cell in todo(0):
+        by_method.setdefault(cell.method, []).append((cell.length, cell.problems))
+    assert by_method["baseline"] == by_method["scratchpad"] == by_method["retuning"]
+    assert [c.problems for c in todo(0)] == [c.problems for c in todo(0)] != [c.problems for c in todo(1)]
+
+
+def test_your_own_problems(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"task": "addition", "a": "7319", "b": "2143"}\n\n{"task": "addition", "a": "5", "b": "17"}\n')
+    done = run("--problems", file, "--method", "retuning", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "problems.json").read_text())["results"]
+    assert [(r["length"], r["n"]) for r in results] == [(2, 1), (4, 1)]
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"task": "addition", "a": "1"}', "line 1.*'b' is missing"),
+        ('{"task": "addition", "a": "1", "b": "2"}\n{"task": "addition", "a": "x", "b": "2"}', "line 2.*decimal digits"),
+        ('{"task": "magic", "a": "1", "b": "2"}', "line 1.*one of addition"),
+        ('{"task": "addition", "a": 1, "b": 2}', "decimal digits"),
+        ("[1, 2]", "line 1.*object"),
+        ("{", "line 1"),
+        ("", "no problems"),
+        ("\udcff\udcfe", "not UTF-8"),
+    ],
+)
+def test_malformed_problem_files(text, match, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=match) as e:
+        evaluation.own_problems(file)
+    assert "\n" not in str(e.value)
+    with pytest.raises(UserError, match="no such file"):
+        evaluation.own_problems(tmp_path / "nowhere")
+
+
+def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
+    """Problems that are done are not decoded again, and the results are those of an uninterrupted evaluation."""
+    c = evaluation.EvalConfig(
+        ood=True, method="retuning", lengths=(3, 4), n=6, out=tmp_path / "a", dtype="float32", runs=tmp_path
+    )
+    evaluation.main(c)
+    whole = json.loads((tmp_path / "a/ood.json").read_text())["results"]
+
+    c.out = tmp_path / "b"
+    real, count = evaluation.Partial.add, 0
+
+    def add(self, record):
+        nonlocal count
+        real(self, record)
+        count += 1
+        if count == 8:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.Partial, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.main(c)
+    with (tmp_path / "b/ood.partial.jsonl").open("a") as f:
+        f.write('{"cell": "cut o')  # as a kill in the middle of a write leaves it
+    assert not (tmp_path / "b/ood.json").exists()
+    evaluation.main(c)
+    assert count == 12, "done problems were decoded again"
+    again = json.loads((tmp_path / "b/ood.json").read_text())["results"]
+    timeless = [[{k: v for k, v in r.items() if k != "seconds"} for r in results] for results in (whole, again)]
+    assert timeless[0] == timeless[1]

@@ -1,0 +1,222 @@
+"""The model against transformers, the cache against no cache, strict loading, the tokenizer's segments."""
+
+import json
+import random
+
+import pytest
+import torch
+from conftest import BASE, LLAMA_TOKENIZER, random_model
+
+import model as llama
+from model import KVCache, Tokenizer, UserError
+from tasks import METHODS, Addition, Primer
+
+SHAPES = [
+    {},
+    {"n_kv_heads": 4},
+    {"n_kv_heads": 1, "head_dim": 16},
+    {"tie_embeddings": True, "rope_theta": 500_000.0, "norm_eps": 1e-6},
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_logits_equal_transformers(changes, tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = random_model(**changes)
+    llama.save(model, tokenizer, tmp_path, dtype=torch.float32)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    tokens = torch.randint(3, 512, (3, 300), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def test_shipped_base_equals_transformers():
+    transformers = pytest.importorskip("transformers")
+    model, tokenizer = llama.load(BASE)
+    theirs = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
+    context = Primer().training_context(random.Random(0))
+    tokens = torch.tensor([tokenizer.start(context[0].text) + tokenizer.segment(context[1].text)])
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+
+
+def reference(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids]))[0]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_cache_equals_no_cache(changes):
+    """One token, many tokens, many onto a non-empty cache, in ragged rows, on some rows only."""
+    model = random_model(**changes)
+    rng = random.Random(2)
+    sequences = [[rng.randrange(3, 512) for _ in range(60)] for _ in range(3)]
+    expected = [reference(model, s) for s in sequences]
+    cache = KVCache(model.config, 3, device="cpu", dtype=torch.float32)
+    done = [0, 0, 0]
+    for sizes in [(5, 17, 1), (1, 1, 1), (9, 3, 20), (1, 1, 1), (0, 4, 2), (4, 1, 7)]:
+        width = max(sizes)
+        chunks = [s[d : d + n] + [0] * (width - n) for s, d, n in zip(sequences, done, sizes, strict=True)]
+        with torch.no_grad():
+            logits = model(torch.tensor(chunks), cache=cache, n_new=torch.tensor(sizes))
+        for row, n in enumerate(sizes):
+            torch.testing.assert_close(logits[row, :n], expected[row][done[row] : done[row] + n], atol=2e-4, rtol=1e-4)
+            done[row] += n
+    rows = torch.tensor([2, 0])
+    with torch.no_grad():
+        logits = model(torch.tensor([[sequences[r][done[r]]] for r in (2, 0)]), cache=cache, rows=rows)
+    for i, r in enumerate((2, 0)):
+        torch.testing.assert_close(logits[i, 0], expected[r][done[r]], atol=2e-4, rtol=1e-4)
+    assert cache.lengths.tolist() == [done[0] + 1, done[1], done[2] + 1]
+
+
+def test_suspended_context_goes_on_exactly():
+    """take, use the row for something else, put: the next logits are those of an undisturbed context, bit for bit."""
+    model = random_model()
+    cache = KVCache(model.config, 2, device="cpu", dtype=torch.float32)
+    ids = torch.arange(10, 40)[None].expand(2, -1)
+    with torch.no_grad():
+        model(ids, cache=cache)
+        saved = cache.take(0)
+        assert saved[0].shape[2] == 30, "a suspended context holds only the positions in use"
+        cache.lengths[0] = 0
+        model(torch.full((2, 50), 7), cache=cache, n_new=torch.tensor([50, 0]))
+        cache.put(0, saved)
+        logits = model(torch.full((2, 1), 9), cache=cache)
+    assert torch.equal(logits[0], logits[1])
+
+
+def test_outgrowing_the_context_is_an_error():
+    model = random_model(max_seq_len=16)
+    with pytest.raises(ValueError, match="exceeds"):
+        model(torch.zeros(1, 17, dtype=torch.long))
+    cache = KVCache(model.config, 1, device="cpu", dtype=torch.float32)
+    model(torch.zeros(1, 16, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="exceeds"):
+        model(torch.zeros(1, 1, dtype=torch.long), cache=cache)
+
+
+def test_logits_only_where_selected():
+    model = random_model()
+    tokens = torch.randint(3, 512, (2, 9))
+    select = torch.rand(2, 9) < 0.5
+    assert torch.equal(model(tokens, select=select), model(tokens)[select])
+
+
+def test_save_and_load(tokenizer, tmp_path):
+    model = random_model()
+    llama.save(model, tokenizer, tmp_path)
+    again, tokens = llama.load(tmp_path)
+    assert tokens.vocab_size == 512
+    for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(a.bfloat16().float(), b), name
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "temporary files left"
+
+
+def damage(folder, change):
+    """One kind of damage to a checkpoint folder."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    tensors = llama.read_tensors(weights)
+    norm = "model.norm.weight"
+    match change:
+        case "no folder":
+            return folder / "nowhere"
+        case "a file":
+            return config
+        case "no config":
+            config.unlink()
+        case "no weights":
+            weights.unlink()
+        case "no tokenizer":
+            (folder / "tokenizer.model").unlink()
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "lfs":
+            weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+        case "html":
+            (folder / "tokenizer.model").write_text("<!doctype html>")
+        case "not json":
+            config.write_text("{")
+        case "architecture":
+            config.write_text(config.read_text().replace("LlamaForCausalLM", "GPT2LMHeadModel"))
+        case "rope":
+            config.write_text(config.read_text().replace('"rope_theta"', '"rope_scaling": {"type": "yarn"}, "rope_theta"'))
+        case "key":
+            config.write_text(config.read_text().replace('"hidden_size"', '"size"'))
+        case "vocabulary":
+            config.write_text(config.read_text().replace('"vocab_size": 512', '"vocab_size": 500'))
+        case "missing":
+            del tensors[norm]
+        case "extra":
+            tensors["model.odd.weight"] = torch.zeros(2, 3)
+        case "shape":
+            tensors[norm] = torch.zeros(7)
+    if change in ("missing", "extra", "shape"):
+        llama.save_file(tensors, weights)
+    return folder
+
+
+DAMAGES = {
+    "no folder": "no such folder",
+    "a file": "no such folder",
+    "no config": "config.json: no such file",
+    "no weights": "no such file",
+    "no tokenizer": "tokenizer.model.*no such file",
+    "truncated": "not a readable safetensors file",
+    "lfs": "git-LFS pointer",
+    "html": "web page",
+    "not json": "not readable as JSON",
+    "architecture": "GPT2LMHeadModel.*expected 'LlamaForCausalLM'",
+    "rope": "yarn",
+    "key": "'hidden_size' is missing",
+    "vocabulary": "500 tokens.*has 512",
+    "missing": r"model.norm.weight \[32\] is missing",
+    "extra": r"unexpected tensor model.odd.weight \[2, 3\]",
+    "shape": r"model.norm.weight has shape \[7\], expected \[32\]",
+}
+
+
+@pytest.mark.parametrize("change", DAMAGES)
+def test_damaged_checkpoints_are_refused(change, small_base):
+    with pytest.raises(UserError, match=DAMAGES[change]) as e:
+        llama.load(damage(small_base, change))
+    assert "\n" not in str(e.value)
+
+
+def test_v5_config_keys(small_base):
+    path = small_base / "config.json"
+    c = json.loads(path.read_text())
+    del c["rope_theta"], c["torch_dtype"]
+    path.write_text(json.dumps(c | {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}, "dtype": "float32"}))
+    assert llama.config_from_hf(path).rope_theta == 77.0
+
+
+def tokenizers():
+    return [BASE / "tokenizer.model", LLAMA_TOKENIZER]
+
+
+@pytest.mark.parametrize("path", tokenizers(), ids=["shipped", "llama"])
+def test_segments_stitch_to_the_text(path):
+    """Stitched segments decode to the whole text; the ids are sentencepiece's where a boundary touches a newline or digit."""
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    tokenizer, rng = Tokenizer(path), random.Random(0)
+    for method in METHODS:
+        for _ in range(100):
+            context = Addition.training_context(rng, method)
+            ids = tokenizer.start(context[0].text)
+            for segment in context[1:]:
+                ids += tokenizer.segment(segment.text)
+                assert tokenizer.decode(tokenizer.segment(segment.text)) == segment.text
+            assert tokenizer.sp.decode(ids) == "".join(s.text for s in context)
+    a, b = "73199 + 21439\nSolution: ", "9"  # a digit follows
+    assert tokenizer.start(a) + tokenizer.segment(b) == tokenizer.start(a + b)
+    assert tokenizer.start("1 + 2\n") + tokenizer.segment("Return: 3") == tokenizer.start("1 + 2\nReturn: 3")
+    assert len(tokenizer.segment("4638")) == 4, "digits are single pieces, without a space before them"
+    assert tokenizer.segment("") == []
+
+
+def test_decode_never_fails(tokenizer):
+    rng = random.Random(0)
+    for _ in range(300):
+        assert isinstance(tokenizer.decode([rng.randrange(512) for _ in range(rng.randrange(30))]), str)

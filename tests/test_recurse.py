@@ -1,0 +1,230 @@
+"""The call stack: with a scripted model (perfect, nearly perfect, hostile), and with real caches."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import BASE, ROOT, ScriptedEngine, perfect, random_model
+
+import lora
+import model as llama
+from recurse import ENDINGS, Decoder, Engine, Limits
+from tasks import METHODS, Addition
+
+
+def problems(lengths, seed=0):
+    rng = random.Random(seed)
+    return [Addition.sample(rng, n) for n in lengths]
+
+
+def solve(decoder, method, todo):
+    results = sorted(decoder.solve([Addition.prompt(p, method) for p in todo]), key=lambda r: r.index)
+    assert [r.index for r in results] == list(range(len(todo)))
+    assert all(r.ending in ENDINGS for r in results)
+    return results
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_perfect_model_is_always_right(method, tokenizer):
+    """And every context that the decoder builds is the training context, token for token (asserted by `perfect`)."""
+    todo = problems([1, 2, 3, 15, 40, 200, 7, 1, 100, 33] + [random.Random(0).randint(1, 30) for _ in range(60)])
+    decoder = Decoder(ScriptedEngine(perfect(tokenizer, method)), tokenizer, Limits(batch=8), keep_frames=True)
+    for p, r in zip(todo, solve(decoder, method, todo), strict=True):
+        assert r.ending == "answer" and Addition.judge(p, r.text, method)
+        levels = Addition.levels(p, method)
+        assert r.n_frames == len(levels) and r.deepest == len(levels) - 1
+        contexts = [frame.segments for frame in r.frames]
+        assert contexts == [Addition.context(q, method) for q in levels]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_single_wrong_token_anywhere_is_noticed(method, tokenizer):
+    """Each token that a perfect model writes is replaced by another, in turn; the answer is never scored as right."""
+    (p,) = problems([4], seed=1)
+    count = solve(Decoder(ScriptedEngine(perfect(tokenizer, method)), tokenizer), method, [p])[0].tokens_generated
+    digit = tokenizer.segment("0")[0]
+    for wrong in range(count):
+        right, calls = perfect(tokenizer, method), 0
+
+        def write(ids, wrong=wrong, right=right):
+            nonlocal calls
+            calls += 1
+            if calls <= wrong:
+                return right(ids)
+            if calls == wrong + 1:
+                token = right(ids)
+                return token + 1 if digit <= token < digit + 9 else digit
+            try:
+                return right(ids)
+            except (AssertionError, AttributeError):  # off the script: whatever it writes, it must stop
+                return tokenizer.eos_id
+
+        (r,) = solve(Decoder(ScriptedEngine(write), tokenizer), method, [p])
+        assert r.ending != "answer" or not Addition.judge(p, r.text, method), f"token {wrong} of {count}"
+
+
+def writer(tokenizer, *texts):
+    """Write these segments, one after the other, whatever is asked (the last one for ever)."""
+    state = {"segment": 0, "left": None}
+
+    def write(ids):
+        if state["left"] is None:
+            state["left"] = [*tokenizer.segment(texts[min(state["segment"], len(texts) - 1)]), tokenizer.eos_id]
+        token = state["left"].pop(0)
+        if not state["left"]:
+            state["segment"] += 1
+            state["left"] = None
+        return token
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("texts", "ending"),
+    [
+        (["Carry 0, Output 3"], "answer"),
+        ([""], "no-answer"),
+        ([" "], "no-answer"),
+        (["Append it.\nAnswer: "], "no-answer"),
+        (["Call: 1 + 2"], "bad-call"),
+        (["Call: \n"], "bad-call"),
+        (["Call:  \n"], "bad-call"),
+        (["Call: 1\n2\n"], "bad-call"),
+        (["Call: 1 + 2\n"], "max-depth"),
+        (["Call: 1 + 2\n", ""], "no-answer"),
+        (["Call: 1 + 2\n", "3", "Call: 1 + 2\n"], "max-depth"),
+    ],
+)
+def test_every_ending_has_its_name(texts, ending, tokenizer):
+    decoder = Decoder(ScriptedEngine(writer(tokenizer, *texts)), tokenizer, Limits(max_depth=20), keep_frames=True)
+    (r,) = decoder.solve(["1 + 2\nSolution: "])
+    assert r.ending == ending
+    assert (r.text is not None) == (ending == "answer")
+    assert r.frames[-1].ending == ending and all(f.ending for f in r.frames)
+    assert decoder.suspended_bytes == 0, "memory of failed frames was not given back"
+
+
+def test_endless_text_and_endless_calls_end(tokenizer):
+    digit = tokenizer.segment("7")[0]
+    (r,) = Decoder(ScriptedEngine(lambda ids: digit, max_seq_len=300), tokenizer).solve(["1 + 2\nSolution: "])
+    assert r.ending == "context-full" and r.tokens_generated < 300
+    (r,) = Decoder(ScriptedEngine(lambda ids: digit), tokenizer, Limits(max_tokens=500)).solve(["1 + 2\nSolution: "])
+    assert r.ending == "max-tokens" and r.tokens_generated == 500
+    # A binary tree of calls has 2 ** depth frames: the limit on tokens is what ends it.
+    texts = ["Call: 1 + 2\n"] * 30 + ["3", "Call: 1 + 2\n"] * 100_000
+    (r,) = Decoder(ScriptedEngine(writer(tokenizer, *texts)), tokenizer, Limits(max_tokens=5000)).solve(["1 + 2\nSolution: "])
+    assert r.ending in ("max-tokens", "max-depth")
+    (r,) = Decoder(ScriptedEngine(lambda ids: digit, max_seq_len=5), tokenizer).solve(["1 + 2\nSolution: "])
+    assert r.ending == "context-full" and r.tokens_generated == 0, "a prompt longer than the context"
+
+
+def test_hostile_output(tokenizer):
+    """Random tokens, with calls and ends of segments among them: everything ends, for a named reason, and is given back."""
+    rng = random.Random(0)
+    favourites = [tokenizer.eos_id] * 20 + tokenizer.segment("Call: 1 + 2\n") * 8 + tokenizer.segment("Answer: 0") * 2
+    everything = list(range(tokenizer.vocab_size))
+    engine = ScriptedEngine(lambda ids: rng.choice(favourites if rng.random() < 0.7 else everything), max_seq_len=400)
+    decoder = Decoder(engine, tokenizer, Limits(max_depth=6, max_tokens=2000, batch=50))
+    results = list(decoder.solve([f"{i} + 1\nSolution: " for i in range(1500)]))
+    assert len(results) == 1500 and {r.ending for r in results} <= set(ENDINGS)
+    assert len({r.ending for r in results}) >= 4
+    assert decoder.suspended_bytes == 0 and not [f for f in decoder.suspended if f.saved is not None]
+
+
+class UncachedEngine(ScriptedEngine):
+    """The plainest decoding: the whole context is encoded again for every token, one context at a time."""
+
+    def __init__(self, model):
+        def write(ids):
+            with torch.inference_mode():
+                return model(torch.tensor([ids]))[0, -1].argmax().item()
+
+        super().__init__(write, model.config.max_seq_len)
+
+
+def traces(engine, tokenizer, limits, prompts):
+    decoder = Decoder(engine, tokenizer, limits, keep_frames=True)
+    results = sorted(decoder.solve(prompts), key=lambda r: r.index)
+    return [(r.ending, [(f.depth, f.tokens, f.ending) for f in r.frames]) for r in results]
+
+
+@pytest.fixture(scope="module")
+def solver():
+    adapter = BASE / "adapters/addition-retuning"
+    model, tokenizer = llama.load(BASE)
+    lora.load_adapter(model, adapter)
+    lora.merge(model)
+    return model, tokenizer
+
+
+def test_cached_equals_uncached_equals_batch_of_one(solver):
+    """Token for token, in fp32, on 100 problems with the shipped adapter."""
+    model, tokenizer = solver
+    prompts = [Addition.prompt(p, "retuning") for p in problems([random.Random(1).randint(1, 9) for _ in range(100)], seed=3)]
+    batched = traces(Engine(model), tokenizer, Limits(batch=32), prompts)
+    assert sum(ending == "answer" for ending, _ in batched) >= 95, "the comparison should be about real call stacks"
+    assert batched == traces(Engine(model), tokenizer, Limits(batch=1), prompts)
+    assert batched == traces(UncachedEngine(model), tokenizer, Limits(batch=8), prompts)
+
+
+def test_little_memory_gives_the_same_tokens(solver):
+    """With room for next to nothing, suspended frames are forgotten and fed again; the cache stays within its bound."""
+    model, tokenizer = solver
+    prompts = [Addition.prompt(p, "retuning") for p in problems([9] * 6, seed=4)]
+    plenty = traces(Engine(model), tokenizer, Limits(), prompts)
+    engine = Engine(model)
+    bound = 6 * 128 * llama.KVCache.bytes_per_position(model.config, torch.float32)
+    engine.rows_for = lambda *_: 6
+    decoder = Decoder(engine, tokenizer, Limits(cache_bytes=bound), keep_frames=True)
+    most = 0
+
+    def watch(problem, frame, segment):
+        nonlocal most
+        most = max(most, decoder.suspended_bytes + engine.nbytes)
+
+    decoder.on_segment = watch
+    results = sorted(decoder.solve(prompts), key=lambda r: r.index)
+    assert [(r.ending, [(f.depth, f.tokens, f.ending) for f in r.frames]) for r in results] == plenty
+    assert most <= bound
+    full = list(Decoder(Engine(model), tokenizer, Limits()).solve(prompts))
+    assert sum(r.tokens_forwarded for r in results) > sum(r.tokens_forwarded for r in full), "nothing was fed again"
+
+
+def test_number_of_problems_at_once_follows_the_memory():
+    engine = Engine(random_model())
+    position = llama.KVCache.bytes_per_position(engine.model.config, torch.float32)
+    assert position == 2 * 2 * 2 * 8 * 4
+    assert engine.rows_for(20, Limits(cache_bytes=position * 1024 * 10)) == 10, "live rows must fit at their longest"
+    assert engine.rows_for(100, Limits(cache_bytes=position * 54_000)) == 10, "100 * 100 / 2 + 400 positions each"
+    assert engine.rows_for(20, Limits(cache_bytes=1)) == 1
+
+
+def test_sampling_is_seeded():
+    tokenizer = llama.Tokenizer(BASE / "tokenizer.model")
+
+    def draw(seed, temperature=1.0):
+        engine = Engine(random_model(), temperature=temperature, seed=seed)
+        return traces(engine, tokenizer, Limits(max_depth=3), ["1 + 2\nSolution: "] * 3)
+
+    assert draw(1) == draw(1) != draw(2)
+    assert draw(1, 0.0) == draw(2, 0.0)
+
+
+def run(*args):
+    return subprocess.run([sys.executable, ROOT / "recurse.py", *args], capture_output=True, text=True, timeout=100)
+
+
+def test_command_line():
+    out = run("7319 + 439", "--dtype", "float32")
+    assert out.returncode == 0 and out.stderr == ""
+    lines = out.stdout.splitlines()
+    assert lines[0] == "given  7319 + 0439⏎Solution: "
+    assert lines[1] == "writes Call: 319 + 439⏎"
+    assert lines[2] == "  given  319 + 439⏎Solution: "
+    assert lines[-1].startswith("answer: 7758 (right); 4 frames")
+    report = json.loads(run("7319 + 439", "--json", "--dtype", "float32").stdout)
+    assert report["correct"] and report["answer"] == report["oracle"] == "7758" and len(report["frames"]) == 4
+    assert report["frames"][3]["segments"][1] == {"text": "Carry 1, Output 8", "written": True}

@@ -1,0 +1,60 @@
+"""The base and the adapters that ship."""
+
+import random
+
+import pytest
+import torch
+from conftest import BASE
+
+import lora
+import model as llama
+from recurse import Decoder, Engine
+from tasks import METHODS, Addition
+
+
+def test_shape_and_dtype():
+    model, _ = llama.load(BASE)
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
+    assert {t.dtype for t in llama.read_tensors(BASE / "model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_belong_to_the_base(method):
+    model, _ = llama.load(BASE)
+    lora.load_adapter(model, BASE / f"adapters/addition-{method}")
+
+
+def test_the_shipped_adapter_adds_numbers_longer_than_any_it_has_seen():
+    """At least 18 of 20 fresh 20-digit problems; training stopped at 15 digits."""
+    model, tokenizer = llama.load(BASE)
+    lora.load_adapter(model, BASE / "adapters/addition-retuning")
+    lora.merge(model)
+    rng = random.Random()  # not seeded: fresh problems each time
+    problems = [Addition.sample(rng, 20) for _ in range(20)]
+    results = Decoder(Engine(model), tokenizer).solve([Addition.prompt(p, "retuning") for p in problems])
+    right = sum(r.ending == "answer" and Addition.judge(problems[r.index], r.text, "retuning") for r in results)
+    assert right >= 18
+
+
+def test_greedy_text_equals_pefts():
+    """One context, decoded token by token by transformers and peft from the same ids."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    adapter = BASE / "adapters/addition-retuning"
+    theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32), adapter)
+    model, tokenizer = llama.load(BASE)
+    lora.load_adapter(model, adapter)
+    rng = random.Random(0)
+    for _ in range(5):
+        ids = tokenizer.start(Addition.prompt(Addition.sample(rng, 8), "retuning"))
+        with torch.no_grad():
+            out = theirs.eval().generate(
+                input_ids=torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), do_sample=False,
+                max_new_tokens=40, pad_token_id=0, eos_token_id=tokenizer.eos_id,
+            )[0].tolist()  # fmt: skip
+        engine = Engine(model)
+        engine.reset(1)
+        token, ours = engine.feed([0], [ids])[0], list(ids)
+        while token != tokenizer.eos_id and len(ours) < len(ids) + 40:
+            ours.append(token)
+            token = engine.feed([0], [[token]])[0]
+        assert tokenizer.decode(ours) == tokenizer.decode([t for t in out if t != tokenizer.eos_id])

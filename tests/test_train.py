@@ -1,0 +1,193 @@
+"""Labels, stretched positions, the loss over micro-batches, gradients, and runs that are killed and resumed."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, random_model
+
+import lora
+import model as llama
+import train
+from tasks import Addition, Segment
+
+CONFIG = lora.LoRAConfig(rank=4, alpha=4.0)
+
+
+def test_labels(tokenizer):
+    """Loss on what the model writes and on the end of each segment; the end is a label, never an input."""
+    context = Addition.context(Addition.problem("42", "17"), "retuning")
+    e = train.encode(context, tokenizer)
+    assert len(e.tokens) == len(e.labels) == len(e.positions)
+    assert tokenizer.eos_id not in e.tokens and e.tokens[0] == tokenizer.bos_id
+    assert tokenizer.sp.decode(e.tokens) == "".join(s.text for s in context)
+    predicted, at = [], 0
+    for i, s in enumerate(context):
+        n = len(tokenizer.segment(s.text) if i else tokenizer.start(s.text))
+        if s.written:
+            predicted.append(e.labels[at - 1 : at + n])
+            e.labels[at - 1 : at + n] = [train.IGNORE] * (n + 1)
+        at += n
+    assert predicted == [[*tokenizer.segment(s.text), tokenizer.eos_id] for s in context if s.written]
+    assert set(e.labels) == {train.IGNORE}, "a label outside of what the model writes"
+
+
+def test_an_empty_written_segment_is_one_label(tokenizer):
+    e = train.encode([Segment("rest of 7: ", False), Segment("", True), Segment("\n7", False)], tokenizer)
+    assert e.labels.count(tokenizer.eos_id) == 1 == len(e.labels) - e.labels.count(train.IGNORE)
+
+
+def test_stretched_positions(tokenizer):
+    boundary = train.boundaries(tokenizer)
+    rng, seen = random.Random(0), set()
+    for _ in range(300):
+        e = train.encode(Addition.training_context(rng, "retuning"), tokenizer)
+        n = len(e.tokens)
+        train.stretch(e, boundary, rng, 8.0)
+        steps = [b - a for a, b in zip(e.positions, e.positions[1:], strict=False)]
+        assert len(e.positions) == n and min(steps) > 0 and e.positions[0] >= 0
+        seen.add("plain" if e.positions[-1] == n - 1 else "even" if max(steps) - min(steps) < 1e-6 else "uneven")
+    assert seen == {"plain", "even", "uneven"}
+    e = train.encode(Addition.training_context(rng, "retuning"), tokenizer)
+    before = list(e.positions)
+    for _ in range(20):
+        train.stretch(e, boundary, rng, 1.0)
+    assert e.positions == before, "a factor of 1 is off"
+
+
+def examples(tokenizer, n=12):
+    rng = random.Random(5)
+    return [train.encode(Addition.training_context(rng, "retuning"), tokenizer) for _ in range(n)]
+
+
+def gradients(model, batch, max_tokens, checkpointing=False):
+    model.train()
+    total = 0.0
+    for group in train.micro_batches(batch, max_tokens):
+        loss = train.loss_sum(model, train.collate(group, torch.device("cpu")), checkpointing) / train.n_targets(batch)
+        loss.backward()
+        total += loss.item()
+    found = {n: p.grad.clone() for n, p in train.trainable(model).items()}
+    model.zero_grad()
+    return total, found
+
+
+@pytest.mark.parametrize("max_tokens", [1, 150, 100_000])
+def test_micro_batches_do_not_change_the_loss_or_its_gradient(tokenizer, max_tokens):
+    """The mean is over the targets of the step; one context a pass (no padding) is the reference."""
+    model = lora.wrap(random_model(), CONFIG)
+    batch = examples(tokenizer)
+    reference, expected = 0.0, {}
+    for e in batch:
+        logits = model(torch.tensor([e.tokens]))[0]
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(e.labels), ignore_index=train.IGNORE, reduction="sum")
+        (losses / train.n_targets(batch)).backward()
+        reference += losses.item() / train.n_targets(batch)
+    expected = {n: p.grad.clone() for n, p in train.trainable(model).items()}
+    model.zero_grad()
+    loss, found = gradients(model, batch, max_tokens)
+    assert abs(loss - reference) < 1e-5
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-3)
+    assert sum(map(len, train.micro_batches(batch, max_tokens))) == len(batch)
+
+
+def test_gradient_checkpointing_reaches_every_b_and_changes_nothing(tokenizer):
+    model = lora.wrap(random_model(), CONFIG)
+    batch = examples(tokenizer)
+    _, plain = gradients(model, batch, 500)
+    _, found = gradients(model, batch, 500, checkpointing=True)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, plain[name], atol=1e-6, rtol=1e-4)
+        if name.endswith("lora_B"):
+            assert gradient.abs().max() > 0, f"{name} got no gradient"
+
+
+def test_learning_rate():
+    c = train.TrainConfig(steps=100, warmup=10, decay=0.5, lr=1.0)
+    rates = [train.learning_rate(c, s) for s in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[50] == 1.0 and abs(rates[75] - 0.5) < 1e-9 and 0 < rates[99] < 0.03
+    assert train.learning_rate(train.TrainConfig(**train.PRESETS["paper"]), 3905) == 2e-4
+
+
+def run(*args, **kwargs):
+    command = [sys.executable, str(ROOT / "train.py"), "--rank", "2", "--batch-size", "8", "--warmup", "2", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def test_a_run_and_what_it_leaves(small_base, tmp_path):
+    weights = (small_base / "model.safetensors").read_bytes()
+    flags = ("--base", small_base, "--steps", 3, "--out", tmp_path / "runs", "--method", "scratchpad")
+    for name in ("addition-scratchpad", "addition-scratchpad-2"):
+        done = run(*flags)
+        assert done.returncode == 0, done.stderr
+        folder = tmp_path / "runs" / name
+        assert {p.name for p in folder.iterdir()} == {
+            "adapter_config.json", "adapter_model.safetensors", "train_config.json", "metrics.jsonl",
+        }  # fmt: skip
+    config = json.loads((folder / "train_config.json").read_text())
+    assert config["seed"] == 0 and config["method"] == "scratchpad" and config["steps"] == 3
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in lines if "loss" in m] == [1, 2, 3]
+    assert "validation_loss" in lines[-2] and "in_distribution_accuracy" in lines[-1]
+    same = [tmp_path / "runs" / n / "adapter_model.safetensors" for n in ("addition-scratchpad", "addition-scratchpad-2")]
+    assert same[0].read_bytes() == same[1].read_bytes(), "the same seed gives the same adapter"
+    assert (small_base / "model.safetensors").read_bytes() == weights
+    model, _ = llama.load(small_base)
+    lora.load_adapter(model, folder)
+
+
+def test_a_killed_run_resumes_to_the_same_adapter(small_base, tmp_path):
+    """SIGKILL at several moments; the last checkpoint goes on, and the adapter is the uninterrupted one, bit for bit."""
+    flags = ["--base", small_base, "--steps", 30, "--save-every", 4, "--dropout", 0.1]
+    assert run(*flags, "--out", tmp_path / "whole").returncode == 0
+    command = [sys.executable, str(ROOT / "train.py"), "--rank", "2", "--batch-size", "8", "--warmup", "2"]
+    metrics = tmp_path / "killed/addition-retuning/metrics.jsonl"
+    for kill, extra in enumerate([[], ["--resume"]]):
+        process = subprocess.Popen([*command, *map(str, flags), "--out", str(tmp_path / "killed"), *extra],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= 6 + 9 * kill:
+                break
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (metrics.parent / "adapter_config.json").exists(), "it was to be killed before its end"
+    done = run(*flags, "--out", tmp_path / "killed", "--resume")
+    assert done.returncode == 0, done.stderr
+    adapters = [tmp_path / kind / "addition-retuning/adapter_model.safetensors" for kind in ("whole", "killed")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == [*range(1, 31), 30, 30]
+    again = run(*flags, "--out", tmp_path / "killed", "--resume")
+    assert again.returncode == 1 and "no unfinished run" in again.stderr
+
+
+def test_resuming_with_other_settings_is_refused(small_base, tmp_path):
+    folder = train.new_run(
+        train.TrainConfig(base=small_base, out=tmp_path / "runs", steps=3, lr=1e-3, rank=2, batch_size=8, warmup=2)
+    )
+    assert folder.name == "addition-retuning"
+    done = run("--base", small_base, "--out", tmp_path / "runs", "--steps", 3, "--resume", "--lr", 5e-3)
+    assert done.returncode == 1 and "lr = 0.001, not 0.005" in done.stderr
+
+
+def test_full_training_writes_a_base(tmp_path, small_base):
+    done = run("--task", "primer", "--full", "--base", small_base, "--steps", 2, "--out", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr
+    model, _ = llama.load(tmp_path / "runs/primer")
+    before, _ = llama.load(small_base)
+    assert not torch.equal(model.layers[0].attention.wq.weight, before.layers[0].attention.wq.weight)
+
+
+def test_the_tokenizer_is_the_shipped_one(tmp_path, tokenizer):
+    train.train_tokenizer(tmp_path / "tokenizer.model")
+    again = llama.Tokenizer(tmp_path / "tokenizer.model")
+    assert [again.sp.id_to_piece(i) for i in range(512)] == [tokenizer.sp.id_to_piece(i) for i in range(512)]
+    assert (again.sp.unk_id(), again.bos_id, again.eos_id, again.sp.pad_id()) == (0, 1, 2, -1)
