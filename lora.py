@@ -58,8 +58,11 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        low = F.linear(F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype), self.lora_A)
-        return y + (F.linear(low, self.lora_B) * self.scale).to(y.dtype)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        if not torch.is_autocast_enabled(x.device.type):  # which would see to the dtypes
+            x = x.to(self.lora_A.dtype)
+        return y + F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B).to(y.dtype)
 
     def to_linear(self) -> nn.Linear:
         """A plain layer with the update added to a copy of the weight: in fp32, then cast. The wrapped layer is untouched."""

@@ -88,7 +88,7 @@ class Decoder:
     ):
         self.engine, self.tokenizer, self.limits = engine, tokenizer, limits or Limits()
         self.keep_frames, self.on_segment = keep_frames, on_segment or (lambda *_: None)
-        self.suspended: deque[Frame] = deque()  # in the order of suspension; those resumed meanwhile hold nothing
+        self.suspended: dict[int, Frame] = {}  # frames that hold a cache, by id, the oldest first
         self.suspended_bytes = 0
 
     def solve(self, prompts: Sequence[str]) -> Iterator[Problem]:
@@ -103,10 +103,9 @@ class Decoder:
                 if row not in live and waiting:
                     live[row] = waiting.popleft()
                     self._push(row, live[row], live[row].prompt)
-            for row, problem in list(live.items()):
+            for problem in live.values():
                 self._check_limits(problem)
-                if problem.ending:
-                    yield live.pop(row)
+            yield from self._ended(live)
             if not live:
                 continue
             # Given segments (many tokens) go ahead of single tokens: the rows that only write would pay for the padding.
@@ -123,8 +122,13 @@ class Decoder:
                 else:
                     frame.pending = [token]
                     frame.writing.append(token)
-                if problem.ending:
-                    yield live.pop(row)
+            yield from self._ended(live)
+
+    def _ended(self, live: dict[int, Problem]) -> Iterator[Problem]:
+        """Take out the problems that have ended, and free their rows."""
+        for row in [row for row, problem in live.items() if problem.ending]:
+            self.engine.clear(row)
+            yield live.pop(row)
 
     # The mechanism.
 
@@ -168,16 +172,17 @@ class Decoder:
 
     def _suspend(self, row: int, frame: Frame) -> None:
         frame.saved = self.engine.take(row)
-        self.suspended.append(frame)
+        self.suspended[id(frame)] = frame
         self.suspended_bytes += _nbytes(frame.saved)
         # Out of memory: the oldest frame forgets its keys and values, as it resumes last. It will be fed again.
         while self.suspended_bytes + self.engine.nbytes > self.limits.cache_bytes and self.suspended:
-            self._forget(self.suspended.popleft())
+            self._forget(next(iter(self.suspended.values())))
 
     def _forget(self, frame: Frame) -> None:
         if frame.saved is not None:
             self.suspended_bytes -= _nbytes(frame.saved)
             frame.saved = None
+            del self.suspended[id(frame)]
 
     def _resume(self, row: int, frame: Frame, text: str) -> None:
         """Append a given segment to a suspended context, on top of its own cache."""
@@ -186,12 +191,9 @@ class Decoder:
         if frame.saved is not None:
             self.engine.put(row, frame.saved)
             self._forget(frame)
-            if self.suspended[-1] is frame:
-                self.suspended.pop()
         else:
             self.engine.clear(row)
-            frame.pending = frame.tokens + frame.pending
-            frame.tokens = []
+            frame.pending, frame.tokens = frame.tokens + frame.pending, []
 
     def _fail(self, problem: Problem, reason: str) -> None:
         """End the live frame, and with it all that wait for it."""

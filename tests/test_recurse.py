@@ -122,16 +122,21 @@ def test_endless_text_and_endless_calls_end(tokenizer):
 
 
 def test_hostile_output(tokenizer):
-    """Random tokens, with calls and ends of segments among them: everything ends, for a named reason, and is given back."""
-    rng = random.Random(0)
-    favourites = [tokenizer.eos_id] * 20 + tokenizer.segment("Call: 1 + 2\n") * 8 + tokenizer.segment("Answer: 0") * 2
-    everything = list(range(tokenizer.vocab_size))
-    engine = ScriptedEngine(lambda ids: rng.choice(favourites if rng.random() < 0.7 else everything), max_seq_len=400)
-    decoder = Decoder(engine, tokenizer, Limits(max_depth=6, max_tokens=2000, batch=50))
-    results = list(decoder.solve([f"{i} + 1\nSolution: " for i in range(1500)]))
-    assert len(results) == 1500 and {r.ending for r in results} <= set(ENDINGS)
+    """Random tokens, endless digits, calls, half calls, nothing but EOS: all end, for a named reason, and give memory back."""
+    rng, queue = random.Random(0), []
+
+    def write(ids):
+        if not queue:
+            text = rng.choice(["Call: 1 + 2\n", "Call: 1 + 2\n", "Call: 9", "Call: ", "Return: 1\nAnswer: 2", "7" * 450, "", "3"])
+            noise = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.choice((0, 0, 5, 30)))]
+            queue.extend([*tokenizer.segment(text), *noise, tokenizer.eos_id])
+        return queue.pop(0)
+
+    decoder = Decoder(ScriptedEngine(write, max_seq_len=400), tokenizer, Limits(max_depth=6, max_tokens=1500, batch=50))
+    results = list(decoder.solve([f"{i} + 1\nSolution: " for i in range(500)]))
+    assert len(results) == 500 and {r.ending for r in results} <= set(ENDINGS)
     assert len({r.ending for r in results}) >= 4
-    assert decoder.suspended_bytes == 0 and not [f for f in decoder.suspended if f.saved is not None]
+    assert decoder.suspended_bytes == 0 and not decoder.suspended
 
 
 class UncachedEngine(ScriptedEngine):
