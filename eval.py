@@ -104,10 +104,10 @@ def own_problems(path: Path) -> dict[tuple[str, int], list]:
             continue
         try:
             fields = json.loads(line)
-            if not isinstance(fields, dict) or fields.get("task") not in TASKS:
+            if not isinstance(fields, dict) or not isinstance(fields.get("task"), str) or fields["task"] not in TASKS:
                 raise UserError(f'expected an object with "task" one of {", ".join(TASKS)}, found {line[:60]}')
             problem = TASKS[fields["task"]].from_json(fields)
-        except ValueError as e:  # of json, or a UserError
+        except (ValueError, RecursionError) as e:  # of json, or a UserError
             raise UserError(f"{path}, line {number}: {e}") from None
         found.setdefault((fields["task"], problem.length), []).append(problem)
     if not found:
@@ -152,21 +152,16 @@ def cells(c: EvalConfig) -> list[Cell]:
 class Partial:
     """What is done so far, a line a problem, so that an interrupted evaluation goes on where it stopped."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path):
         self.path, self.done = path, {}
-        lines = path.read_text().splitlines() if path.exists() else []
-        records = []
-        for line in lines:
+        for line in path.read_text().splitlines() if path.exists() else []:
             try:
-                records.append(json.loads(line))
+                r = json.loads(line)
             except ValueError:
                 break  # cut off while it was written
-        if records and records[0] == settings:
-            for r in records[1:]:
-                self.done[r["cell"], r["index"]] = r
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [settings, *self.done.values()]
-        llama.write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+            self.done[r["cell"], r["index"]] = r
+        kept = "".join(json.dumps(r) + "\n" for r in self.done.values())
+        llama.write_atomically(path, lambda p: p.write_text(kept))
         self.file = path.open("a")
 
     def add(self, record: dict) -> None:
@@ -295,8 +290,10 @@ def plot(results: list[dict], path: Path) -> bool:
 
 
 def main(c: EvalConfig) -> None:
-    if c.n < 1 or c.batch < 1 or any(length < 1 for length in c.lengths) or not c.cache_gib > 0:
-        raise UserError("expected --n, --batch and --lengths of 1 or more, --cache-gib above 0")
+    if c.n < 1 or c.batch < 1 or not 0 < c.cache_gib < math.inf:
+        raise UserError("expected --n and --batch of 1 or more, --cache-gib above 0")
+    if not all(1 <= length <= 4000 for length in c.lengths):  # Python converts integers of up to 4300 digits
+        raise UserError(f"--lengths {' '.join(map(str, c.lengths))}: expected lengths of 1 to 4000")
     todo = cells(c)
     for task, method, adapter in dict.fromkeys((cell.task, cell.method, cell.adapter) for cell in todo):
         lora.read_adapter_config(adapter)
@@ -309,7 +306,8 @@ def main(c: EvalConfig) -> None:
         "dtype": str(llama.pick_dtype(c.dtype, device)),
         "batch": c.batch,
     }
-    partial = Partial(c.out / f"{name}.partial.jsonl", settings)
+    work = hashlib.sha256(json.dumps([settings, [cell.key for cell in todo]]).encode()).hexdigest()[:8]
+    partial = Partial(c.out / f"{name}-{work}.partial.jsonl")  # another evaluation keeps a file of its own
     results = evaluate(c, todo, partial)
     report = {"results": results, "config": asdict(c), "seed": c.seed}
     text = json.dumps(report, indent=1, default=str) + "\n"

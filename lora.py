@@ -170,6 +170,11 @@ def read_adapter_config(path: str | Path) -> tuple[LoRAConfig, str]:
             raise UserError(f"{file}: {key} is {c[key]!r}, which is not supported")
     if c.get("bias", "none") != "none":
         raise UserError(f"{file}: bias is {c['bias']!r}, expected 'none'")
+    if not (path / "adapter_model.safetensors").is_file():
+        raise UserError(f"{path}/adapter_model.safetensors: no such file")
+    for key, kind in (("r", int), ("lora_alpha", (int, float)), ("lora_dropout", (int, float))):
+        if not isinstance(c.get(key, 0), kind) or isinstance(c.get(key), bool):
+            raise UserError(f"{file}: {key} is {c[key]!r}, expected a number")
     ours = {theirs: name for name, theirs in PEFT_NAMES.items()}
     try:
         targets = c["target_modules"]

@@ -9,7 +9,7 @@ Shapes in comments: B rows, T new tokens, S cached positions, D model width, H q
 
 import json
 import os
-import shutil
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,9 +227,10 @@ class LLaMA(nn.Module):
         `max_seq_len`.
         """
         B, T = tokens.shape
+        longest = T if cache is None else cache.longest(T if n_new is None else n_new, rows)
+        if longest > self.config.max_seq_len:
+            raise ValueError(f"a context of {longest} tokens exceeds the model's {self.config.max_seq_len}")
         if cache is None:
-            if max(T, 1) > self.config.max_seq_len:
-                raise ValueError(f"a context of {T} tokens exceeds the model's {self.config.max_seq_len}")
             layer_caches = [None] * len(self.layers)
             if positions is None:
                 positions = torch.arange(T, device=tokens.device).expand(B, T)
@@ -274,14 +275,21 @@ class KVCache:
     def capacity(self) -> int:
         return self.keys.shape[3]
 
+    @staticmethod
+    def round_up(capacity: int) -> int:
+        """Capacities are multiples of 64, so that growing is seldom needed."""
+        return -(-capacity // 64) * 64
+
     def reserve(self, capacity: int) -> None:
-        """Make room for `capacity` positions a row, a multiple of 64 so that it is seldom done."""
-        if capacity > self.config.max_seq_len:
-            raise ValueError(f"a context of {capacity} tokens exceeds the model's {self.config.max_seq_len}")
-        if capacity > self.capacity:
-            more = min(-(-capacity // 64) * 64, self.config.max_seq_len) - self.capacity
+        """Make room for `capacity` positions a row."""
+        more = self.round_up(capacity) - self.capacity
+        if more > 0:
             self.keys = F.pad(self.keys, (0, 0, 0, more))
             self.values = F.pad(self.values, (0, 0, 0, more))
+
+    def longest(self, n_new: int | Tensor, rows: Tensor | None) -> int:
+        """The most positions that any row will have in use after n_new more."""
+        return int(((self.lengths if rows is None else self.lengths[rows]) + n_new).max())
 
     def open(self, n_tokens: int, rows: Tensor | None) -> tuple[Tensor, "list[LayerCache]"]:
         """The slots [B, T] that n_tokens new tokens a row go to, and each layer's view of the cache."""
@@ -345,7 +353,6 @@ class Tokenizer:
     """
 
     def __init__(self, path: Path):
-        self.path = path
         try:
             self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as e:
@@ -405,6 +412,8 @@ def _describe(path: Path) -> str:
         return "it is a git-LFS pointer: fetch the real file with `git lfs pull`"
     if head.lstrip().startswith(b"<"):
         return "it is a web page, not the file"
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", head):
+        return "it is a tiktoken file, as of Llama 3, which needs another tokenizer"
     return f"{path.stat().st_size} bytes"
 
 
@@ -423,7 +432,7 @@ def read_json(path: Path) -> dict:
 def write_atomically(path: Path, write) -> None:
     """Call write(temporary path), then rename: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         os.replace(temporary, path)
@@ -447,32 +456,48 @@ def config_from_hf(path: Path) -> ModelConfig:
     if found not in (["LlamaForCausalLM"], ["llama"]):
         raise UserError(f"{path}: architecture {found[0]!r}, expected 'LlamaForCausalLM'")
     rope = c.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters is {rope!r}, expected an object")
     kind = rope.get("rope_type", "default")
     if kind != "default" or c.get("rope_scaling"):
         raise UserError(f"{path}: rope scaling {c.get('rope_scaling') or kind!r} is not supported, expected none")
     for key in ("attention_bias", "mlp_bias"):
         if c.get(key):
             raise UserError(f"{path}: {key} is not supported, expected false")
+    if c.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{path}: hidden_act is {c['hidden_act']!r}, expected 'silu'")
+
+    def number(key: str, value, kind: type = int):
+        """A positive number; anything else is named."""
+        if isinstance(value, bool) or not isinstance(value, kind if kind is int else (int, float)) or not value > 0:
+            raise UserError(f"{path}: {key} is {value!r}, expected a positive {kind.__name__}")
+        return kind(value)
+
     try:
-        heads = c["num_attention_heads"]
+        dim, heads = number("hidden_size", c["hidden_size"]), number("num_attention_heads", c["num_attention_heads"])
+        kv_heads = number("num_key_value_heads", c.get("num_key_value_heads") or heads)
+        if heads % kv_heads:
+            raise UserError(f"{path}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
+        if not c.get("head_dim") and dim % heads:
+            raise UserError(f"{path}: hidden_size {dim} is not divisible by {heads} attention heads")
         return ModelConfig(
-            vocab_size=c["vocab_size"],
-            dim=c["hidden_size"],
-            n_layers=c["num_hidden_layers"],
+            vocab_size=number("vocab_size", c["vocab_size"]),
+            dim=dim,
+            n_layers=number("num_hidden_layers", c["num_hidden_layers"]),
             n_heads=heads,
-            n_kv_heads=c.get("num_key_value_heads") or heads,
-            head_dim=c.get("head_dim") or c["hidden_size"] // heads,
-            hidden_dim=c["intermediate_size"],
-            norm_eps=c.get("rms_norm_eps", 1e-6),
-            rope_theta=float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0),
-            max_seq_len=c.get("max_position_embeddings", 2048),
-            tie_embeddings=c.get("tie_word_embeddings", False),
+            n_kv_heads=kv_heads,
+            head_dim=number("head_dim", c.get("head_dim") or dim // heads),
+            hidden_dim=number("intermediate_size", c["intermediate_size"]),
+            norm_eps=number("rms_norm_eps", c.get("rms_norm_eps", 1e-6), float),
+            rope_theta=number("rope_theta", rope.get("rope_theta") or c.get("rope_theta") or 10_000.0, float),
+            max_seq_len=number("max_position_embeddings", c.get("max_position_embeddings", 2048)),
+            tie_embeddings=bool(c.get("tie_word_embeddings", False)),
         )
     except KeyError as e:
         raise UserError(f"{path}: the key {e} is missing") from None
 
 
-def config_to_hf(c: ModelConfig, tokenizer: Tokenizer) -> dict:
+def config_to_hf(c: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -492,7 +517,7 @@ def config_to_hf(c: ModelConfig, tokenizer: Tokenizer) -> dict:
         "mlp_bias": False,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
 
@@ -536,9 +561,8 @@ def save(model: LLaMA, tokenizer: Tokenizer, path: str | Path, *, dtype: torch.d
     """Write a checkpoint folder in the Hugging Face layout, each file atomically."""
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
+    write_atomically(path / "tokenizer.model", lambda p: p.write_bytes(tokenizer.sp.serialized_model_proto()))
     state = {hf_name(n): p.detach().to("cpu", dtype).contiguous() for n, p in model.named_parameters()}
     write_atomically(path / "model.safetensors", lambda p: save_file(state, p, metadata={"format": "pt"}))
-    config = config_to_hf(model.config, tokenizer)
+    config = config_to_hf(model.config, tokenizer, dtype)  # last, as a folder that has it counts as complete
     write_atomically(path / "config.json", lambda p: p.write_text(json.dumps(config, indent=2) + "\n"))
-    if tokenizer.path.resolve() != (path / "tokenizer.model").resolve():
-        write_atomically(path / "tokenizer.model", lambda p: shutil.copyfile(tokenizer.path, p))

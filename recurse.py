@@ -11,6 +11,7 @@ answer it is popped, the answer is appended as `Return: ...` to its caller's cac
 """
 
 import json
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -110,7 +111,9 @@ class Decoder:
                 continue
             # Given segments (many tokens) go ahead of single tokens: the rows that only write would pay for the padding.
             rows = [r for r, p in live.items() if len(p.stack[-1].pending) > 1] or list(live)
-            tokens = self.engine.feed(rows, [live[r].stack[-1].pending for r in rows])
+            chunks = [live[r].stack[-1].pending for r in rows]
+            self._make_room(self.engine.nbytes_for(rows, chunks))
+            tokens = self.engine.feed(rows, chunks)
             for row, token in zip(rows, tokens, strict=True):
                 problem, frame = live[row], live[row].stack[-1]
                 problem.tokens_generated += 1
@@ -174,8 +177,11 @@ class Decoder:
         frame.saved = self.engine.take(row)
         self.suspended[id(frame)] = frame
         self.suspended_bytes += _nbytes(frame.saved)
-        # Out of memory: the oldest frame forgets its keys and values, as it resumes last. It will be fed again.
-        while self.suspended_bytes + self.engine.nbytes > self.limits.cache_bytes and self.suspended:
+        self._make_room(self.engine.nbytes)
+
+    def _make_room(self, live_bytes: int) -> None:
+        """Out of memory: the oldest frames forget their keys and values, as they resume last. They will be fed again."""
+        while self.suspended_bytes + live_bytes > self.limits.cache_bytes and self.suspended:
             self._forget(next(iter(self.suspended.values())))
 
     def _forget(self, frame: Frame) -> None:
@@ -250,12 +256,20 @@ class Engine:
     def nbytes(self) -> int:
         return _nbytes((self.cache.keys, self.cache.values))
 
+    def nbytes_for(self, rows: list[int], chunks: list[list[int]]) -> int:
+        """What the live cache will take once these chunks are in."""
+        longest = max(int(self.cache.lengths.max()), int(self.cache.lengths[rows].max()) + max(map(len, chunks)))
+        position = KVCache.bytes_per_position(self.model.config, self.dtype)
+        return len(self.cache.lengths) * max(self.cache.capacity, KVCache.round_up(longest)) * position
+
     def clear(self, row: int) -> None:
         self.cache.lengths[row] = 0
 
+    @torch.inference_mode()  # the cache grows in `feed`, and what is made there can be written to only here
     def take(self, row: int) -> tuple[Tensor, Tensor]:
         return self.cache.take(row)
 
+    @torch.inference_mode()
     def put(self, row: int, saved: tuple[Tensor, Tensor]) -> None:
         self.cache.put(row, saved)
 
@@ -264,12 +278,11 @@ class Engine:
         """Append chunks[i] to row rows[i]; return the token that the model then writes, for each row."""
         n_rows, device = len(self.cache.lengths), self.model.device
         T = max(map(len, chunks))
-        whole = 2 * len(rows) > n_rows and int(self.cache.lengths.max()) + T <= self.max_seq_len
-        if whole and len(rows) < n_rows:  # rows with nothing to do are fed no tokens: cheaper than copying the others out
+        whole = 2 * len(rows) > n_rows
+        chunks_in = chunks
+        if whole:  # in the order of the rows; those with nothing to do are fed no tokens: cheaper than copying the others out
             by_row = dict(zip(rows, chunks, strict=True))
             chunks_in = [by_row.get(r, []) for r in range(n_rows)]
-        else:
-            chunks_in = chunks
         tokens = torch.tensor([c + [0] * (T - len(c)) for c in chunks_in], device=device)
         n_new = torch.tensor([len(c) for c in chunks_in], device=device)
         select = torch.arange(T, device=device) == (n_new - 1)[:, None]  # the last real token of each row
@@ -278,11 +291,10 @@ class Engine:
         if self.temperature <= 0:
             chosen = logits.argmax(dim=-1)
         else:
-            chosen = torch.multinomial((logits / self.temperature).softmax(-1), 1, generator=self.generator)[:, 0]
-        if whole:  # in the order of the rows, which need not be the caller's
-            order = {r: i for i, r in enumerate(sorted(rows))}
-            return [chosen[order[r]].item() for r in rows]
-        return chosen.tolist()
+            logits = (logits - logits.max(dim=-1, keepdim=True).values) / self.temperature
+            chosen = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
+        by_row = dict(zip(sorted(rows) if whole else rows, chosen.tolist(), strict=True))
+        return [by_row[r] for r in rows]
 
 
 # --- the command line --------------------------------------------------------------------------------------------
@@ -347,7 +359,7 @@ def print_segment(problem: Problem, frame: Frame, segment: Segment | None) -> No
 def main(c: RecurseConfig) -> int:
     if not c.prompt.strip():
         raise UserError('the prompt is empty; expected a problem such as "73199 + 21439"')
-    if c.temperature < 0 or c.max_depth < 1 or c.max_tokens < 1:
+    if not 0 <= c.temperature < math.inf or c.max_depth < 1 or c.max_tokens < 1:
         raise UserError("expected --temperature of 0 or more, --max-depth and --max-tokens of 1 or more")
     found = [(task, p) for task in TASKS.values() if (p := task.from_text(c.prompt)) is not None]
     if not found:
@@ -380,10 +392,11 @@ def main(c: RecurseConfig) -> int:
         }  # fmt: skip
         print(json.dumps(report, ensure_ascii=False))
     else:
-        verdict = f"answer: {answer}" if answer is not None else f"no answer ({result.ending})"
+        unread = "its answer is not readable" if result.ending == "answer" else result.ending
+        verdict = f"answer: {answer}" if answer is not None else f"no answer: {unread}"
         truth = "right" if right else f"wrong, it is {task.oracle(problem)}"
         print(f"{verdict} ({truth}); {result.n_frames} frames, {result.tokens_generated} tokens written, by {adapter}")
-    return 0 if result.ending == "answer" else 1
+    return 0 if answer is not None else 1
 
 
 if __name__ == "__main__":

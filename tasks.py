@@ -2,7 +2,7 @@
 
 A *context* is a list of segments, each given to the model or written by it. The same contexts are used for training
 (loss on the written segments alone) and are rebuilt by the decoder in recurse.py, segment by segment.
-A task is one class: `sample` draws a problem, `contexts` writes what each method is trained on, `prompt` is how a
+A task is one class: `sample` draws a problem, `context` writes what each method is trained on, `prompt` is how a
 problem is put to a model, and `judge` compares what came back with the oracle. `TASKS` lists them.
 """
 
@@ -50,7 +50,7 @@ def return_value(text: str) -> str:
 
 def held_out(key: str) -> bool:
     """A fixed tenth of all problems, by hash: these are evaluated and never trained on."""
-    return hashlib.blake2b(key.encode(), digest_size=2).digest()[0] % 10 == 0
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) % 10 == 0
 
 
 class Addition:
@@ -97,8 +97,8 @@ class Addition:
 
     @staticmethod
     def held_out(p: "Addition.Problem") -> bool:
-        """One-digit problems are only a hundred, all of them base cases of longer ones: none is held out."""
-        return p.length > 1 and held_out(f"{p.a}+{p.b}")
+        """In either order of the operands. One-digit problems are only a hundred, and base cases: none is held out."""
+        return p.length > 1 and held_out(f"{min(p.a, p.b)}+{max(p.a, p.b)}")
 
     @staticmethod
     def sample(rng: random.Random, length: int) -> "Addition.Problem":

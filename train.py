@@ -6,11 +6,14 @@ In the order of the pipeline: the configuration, examples (contexts as token ids
 optimizer, the loop. A run leaves in runs/<task>-<method>/ the adapter, train_config.json and metrics.jsonl.
 """
 
+import contextlib
 import json
 import math
 import random
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -27,6 +30,11 @@ import model as llama
 from model import LLaMA, ModelConfig, Tokenizer, UserError
 from recurse import Decoder, Engine
 from tasks import TASKS, Context, Primer, tokenizer_corpus
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: runs are not locked there
+    fcntl = None
 
 IGNORE = -100  # the label where nothing is to be predicted
 
@@ -99,7 +107,7 @@ PRESETS: dict[str, dict] = {
         stretch=1.0, replay=0.0,
     ),
     "base": dict(
-        task="primer", full=True, from_scratch=True, steps=2800, batch_size=64, lr=2e-3, warmup=100, decay=0.5,
+        task="primer", full=True, from_scratch=True, steps=2100, batch_size=64, lr=2e-3, warmup=100, decay=1 / 3,
         weight_decay=0.01, replay=0.0, save_every=100,
     ),
 }  # fmt: skip
@@ -165,8 +173,8 @@ def stretch(example: Example, is_boundary: list[bool], rng: random.Random, facto
 
 
 def primer_items(progress: float, longest: int = 128) -> int:
-    """Curriculum of the primer: sequences of 8 items at first, of up to 128 in the second half of the run."""
-    return int(8 * (longest / 8) ** min(1.0, progress / 0.5))
+    """Curriculum of the primer: sequences of 8 items at first, of up to 128 in the last third of the run."""
+    return int(8 * (longest / 8) ** min(1.0, progress * 1.5))
 
 
 class Data:
@@ -183,6 +191,8 @@ class Data:
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 context = primer.training_context(rng)
+                while len(encode(context, self.tokenizer).tokens) > self.max_seq_len:
+                    context = primer.training_context(rng)
             else:
                 context = TASKS[self.c.task].training_context(rng, self.c.method)
             examples.append(self.encode(context))
@@ -191,6 +201,7 @@ class Data:
         return examples
 
     def encode(self, context: Context) -> Example:
+        """As the function of this name; a task's context that the base cannot take is an error."""
         example = encode(context, self.tokenizer)
         if len(example.tokens) > self.max_seq_len:
             raise UserError(f"a training context has {len(example.tokens)} tokens, the base takes {self.max_seq_len} at most")
@@ -284,13 +295,14 @@ def init_weights(model: LLaMA) -> None:
             torch.nn.init.normal_(p, std=std * (0.3 if name.endswith(("wo.weight", "w2.weight")) else 1.0))
 
 
-def build(c: TrainConfig, folder: Path, device: torch.device) -> tuple[LLaMA, Tokenizer]:
+def build(c: TrainConfig) -> tuple[LLaMA, Tokenizer]:
     """The model to train: only what is trained requires gradients."""
     torch.manual_seed(c.seed)
+    device = torch.device(c.device)
     if c.from_scratch:
-        if not (folder / "tokenizer.model").exists():
-            train_tokenizer(folder / "tokenizer.model")
-        tokenizer = Tokenizer(folder / "tokenizer.model")
+        with tempfile.TemporaryDirectory() as folder:
+            train_tokenizer(Path(folder) / "tokenizer.model")
+            tokenizer = Tokenizer(Path(folder) / "tokenizer.model")
         model = LLaMA(ModelConfig(vocab_size=tokenizer.vocab_size, **TINY))
         init_weights(model)
         return model.to(device), tokenizer
@@ -347,7 +359,10 @@ def new_run(c: TrainConfig) -> Path:
     """Create the run's folder, under a name not taken, with its configuration in it."""
     number = max(lora.numbered(c.out, run_name(c)), default=0) + 1
     folder = c.out / (run_name(c) if number == 1 else f"{run_name(c)}-{number}")
-    folder.mkdir(parents=True)
+    try:
+        folder.mkdir(parents=True)
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be made ({e.strerror}); choose another --out") from None
     text = json.dumps(asdict(c), indent=2, default=str) + "\n"
     llama.write_atomically(folder / "train_config.json", lambda p: p.write_text(text))
     return folder
@@ -355,7 +370,8 @@ def new_run(c: TrainConfig) -> Path:
 
 def find_run(c: TrainConfig, given: dict) -> tuple[Path, TrainConfig]:
     """The newest unfinished run of this task and method, with its own configuration; `given` are flags on the command line."""
-    unfinished = [f for f in lora.numbered(c.out, run_name(c)).values() if not is_finished(f)]
+    folders = lora.numbered(c.out, run_name(c)).values()
+    unfinished = [f for f in folders if (f / "train_config.json").exists() and not is_finished(f)]
     if not unfinished:
         raise UserError(f"{c.out}: no unfinished run of {run_name(c)} to resume; leave out --resume to start one")
     folder = unfinished[-1]
@@ -418,10 +434,8 @@ class Metrics:
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
-def train(c: TrainConfig, folder: Path) -> None:
-    device = llama.pick_device(c.device)
-    dtype = llama.pick_dtype(c.dtype, device)
-    model, tokenizer = build(c, folder, device)
+def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> None:
+    device, dtype = model.device, getattr(torch, c.dtype)
     data = Data(c, tokenizer, model.config.max_seq_len)
     opts = optimizers(c, model)
     start, seconds = load_checkpoint(folder, model, opts)
@@ -458,7 +472,7 @@ def train(c: TrainConfig, folder: Path) -> None:
             step=step + 1, loss=total / targets, lr=learning_rate(c, step), gradient_norm=norm, targets=targets,
             tokens=sum(len(e.tokens) for e in examples), seconds=round(time.monotonic() - began, 2),
         )  # fmt: skip
-        if (step + 1) % c.save_every == 0 and step + 1 < c.steps:
+        if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
             save_checkpoint(folder, step + 1, model, opts, time.monotonic() - began)
 
     validation = evaluate(model, data.validation(), dtype, c.micro_tokens)
@@ -467,10 +481,10 @@ def train(c: TrainConfig, folder: Path) -> None:
     if c.full:
         llama.save(model, tokenizer, folder)
     else:
+        lora.save_adapter(model, folder, lora_config(c), base=str(c.base))
         accuracy = quick_decode(c, model, tokenizer)
         print(f"solves {accuracy:.1%} of held-out problems of the training lengths")
         metrics.write(step=c.steps, in_distribution_accuracy=accuracy)
-        lora.save_adapter(model, folder, lora_config(c), base=str(c.base))
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     print(f"written: {folder}")
 
@@ -498,13 +512,28 @@ def main() -> None:
     default = TrainConfig(**PRESETS.get(preset, {}) | {"preset": preset if preset in PRESETS else "tiny"})
     c = tyro.cli(TrainConfig, default=default)
     check(c)
+    folder = None
     if c.resume:
-        folder, c = find_run(c, {f.name: getattr(c, f.name) for f in fields(c) if getattr(c, f.name) != getattr(default, f.name)})
-    else:
-        if not c.from_scratch:  # before a folder is made for a run that cannot be
-            llama.config_from_hf(llama.find_folder(c.base) / "config.json")
-        folder = new_run(c)
-    train(c, folder)
+        flags = {a.lstrip("-").removeprefix("no-").replace("-", "_") for a in argv if a.startswith("--")}
+        folder, c = find_run(c, {f.name: getattr(c, f.name) for f in fields(c) if f.name in flags})
+    device = llama.pick_device(c.device)
+    c.device, c.dtype = device.type, str(llama.pick_dtype(c.dtype, device)).removeprefix("torch.")
+    model, tokenizer = build(c)  # before a folder is made for a run that cannot be
+    folder = folder or new_run(c)
+    with lock(folder):
+        train(c, folder, model, tokenizer)
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """One process a run: a second one would write the same files. (Released by the system when the process ends.)"""
+    with (folder / "train_config.json").open() as f:
+        if fcntl is not None:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(f"{folder}: another process is training this run") from None
+        yield
 
 
 def check(c: TrainConfig) -> None:
@@ -516,16 +545,13 @@ def check(c: TrainConfig) -> None:
     for name in ("steps", "batch_size", "micro_tokens", "save_every", "rank"):
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
-    for name, low, high in (
-        ("lr", 0, math.inf),
-        ("dropout", 0, 0.99),
-        ("replay", 0, 1),
-        ("decay", 0, 1),
-        ("stretch", 1, math.inf),
-        ("clip", 0, math.inf),
-    ):
+    ranges = {
+        "lr": (0, 1e3), "warmup": (0, 1e9), "decay": (0, 1), "weight_decay": (0, 1), "clip": (0, math.inf), "alpha": (0, 1e6),
+        "dropout": (0, 0.99), "stretch": (1, 1e6), "replay": (0, 1), "seed": (0, 2**62),
+    }  # fmt: skip
+    for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:
-            raise UserError(f"--{name} {getattr(c, name)}: expected {low} to {high}")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {low} to {high}")
     if not c.full:
         lora_config(c)
 

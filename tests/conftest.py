@@ -53,6 +53,9 @@ class ScriptedEngine:
     def rows_for(self, prompt_tokens, limits):
         return limits.batch
 
+    def nbytes_for(self, rows, chunks):
+        return 0
+
     def clear(self, row):
         self.rows[row] = []
 

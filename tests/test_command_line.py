@@ -12,25 +12,30 @@ def run(script, *args):
     return subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, timeout=100)
 
 
+ADAPTER = ["--adapter", str(BASE / "adapters/addition-retuning")]
+
 CASES = [
-    ("train.py", ["--base", "nowhere"], "nowhere/config.json: no such file"),
+    ("train.py", ["--base", "nowhere"], "nowhere: no such folder"),
     ("train.py", ["--task", "primer"], "--full"),
     ("train.py", ["--from-scratch"], "--full"),
     ("train.py", ["--steps", "0"], "--steps 0: expected 1 or more"),
-    ("train.py", ["--lr", "-1"], "--lr -1.0: expected 0 to inf"),
+    ("train.py", ["--lr", "-1"], "--lr -1.0: expected 0 to 1000"),
+    ("train.py", ["--alpha", "nan"], "--alpha nan"),
     ("train.py", ["--targets", "wq", "wx"], "'wx'"),
     ("train.py", ["--resume"], "no unfinished run"),
     ("recurse.py", [""], "the prompt is empty"),
     ("recurse.py", ["   "], "the prompt is empty"),
     ("recurse.py", ["hello"], "expected one such as: 73199 + 21439"),
     ("recurse.py", ["1 + 2\nSolution: Call: x"], "no problem of a known task"),
-    ("recurse.py", ["1 + " + "9" * 5000], "tokens, the model takes"),
-    ("recurse.py", ["1 + 2", "--base", "nowhere"], "nowhere: no such folder"),
+    ("recurse.py", ["1 + " + "9" * 5000, *ADAPTER], "tokens, the model takes"),
+    ("recurse.py", ["1 + 2", *ADAPTER, "--base", "nowhere"], "nowhere: no such folder"),
     ("recurse.py", ["1 + 2", "--adapter", "nowhere"], "nowhere: no such adapter folder"),
     ("recurse.py", ["1 + 2", "--temperature", "-1"], "--temperature of 0 or more"),
     ("eval.py", ["--adapter", "nowhere"], "--adapter needs --task and --method"),
     ("eval.py", ["--problems", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    ("recurse.py", ["1 + 2", "--temperature", "nan"], "--temperature of 0 or more"),
     ("eval.py", ["--n", "0"], "1 or more"),
+    ("eval.py", ["--lengths", "5000"], "lengths of 1 to 4000"),
 ]
 
 

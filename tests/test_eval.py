@@ -41,7 +41,7 @@ def test_ood(tmp_path):
         assert f"checkpoints/tiny/adapters/addition-{r['method']}" in r["adapter"]
     assert report["seed"] == 0 and report["config"]["n"] == 4
     assert "baseline" in done.stdout and "retuning" in done.stdout
-    assert not (tmp_path / "ood.partial.jsonl").exists()
+    assert not list(tmp_path.glob("*.partial.jsonl"))
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -64,7 +64,7 @@ def test_all_methods_get_the_same_problems_and_seeds_differ(tmp_path):
 def test_your_own_problems(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"task": "addition", "a": "7319", "b": "2143"}\n\n{"task": "addition", "a": "5", "b": "17"}\n')
-    done = run("--problems", file, "--method", "retuning", "--out", tmp_path)
+    done = run("--problems", file, "--method", "retuning", "--out", tmp_path, "--runs", tmp_path / "none")
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "problems.json").read_text())["results"]
     assert [(r["length"], r["n"]) for r in results] == [(2, 1), (4, 1)]
@@ -77,6 +77,8 @@ def test_your_own_problems(tmp_path):
         ('{"task": "addition", "a": "1", "b": "2"}\n{"task": "addition", "a": "x", "b": "2"}', "line 2.*decimal digits"),
         ('{"task": "magic", "a": "1", "b": "2"}', "line 1.*one of addition"),
         ('{"task": "addition", "a": 1, "b": 2}', "decimal digits"),
+        ('{"task": ["addition"]}', "one of addition"),
+        ("[" * 100_000, "line 1"),
         ("[1, 2]", "line 1.*object"),
         ("{", "line 1"),
         ("", "no problems"),
@@ -114,7 +116,8 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.Partial, "add", add)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(c)
-    with (tmp_path / "b/ood.partial.jsonl").open("a") as f:
+    (partial,) = (tmp_path / "b").glob("ood-*.partial.jsonl")
+    with partial.open("a") as f:
         f.write('{"cell": "cut o')  # as a kill in the middle of a write leaves it
     assert not (tmp_path / "b/ood.json").exists()
     evaluation.main(c)

@@ -45,7 +45,7 @@ def test_a_single_wrong_token_anywhere_is_noticed(method, tokenizer):
     """Each token that a perfect model writes is replaced by another, in turn; the answer is never scored as right."""
     (p,) = problems([4], seed=1)
     count = solve(Decoder(ScriptedEngine(perfect(tokenizer, method)), tokenizer), method, [p])[0].tokens_generated
-    digit = tokenizer.segment("0")[0]
+    digits = tokenizer.segment("0123456789")
     for wrong in range(count):
         right, calls = perfect(tokenizer, method), 0
 
@@ -56,7 +56,7 @@ def test_a_single_wrong_token_anywhere_is_noticed(method, tokenizer):
                 return right(ids)
             if calls == wrong + 1:
                 token = right(ids)
-                return token + 1 if digit <= token < digit + 9 else digit
+                return digits[(digits.index(token) + 1) % 10] if token in digits else digits[0]
             try:
                 return right(ids)
             except (AssertionError, AttributeError):  # off the script: whatever it writes, it must stop
@@ -156,6 +156,62 @@ def traces(engine, tokenizer, limits, prompts):
     return [(r.ending, [(f.depth, f.tokens, f.ending) for f in r.frames]) for r in results]
 
 
+class ForcedEngine(Engine):
+    """The real model and cache, but what is written is the oracle's; the model's own choices are kept."""
+
+    def __init__(self, model, write):
+        super().__init__(model)
+        self.script, self.texts, self.choices = write, {}, []
+
+    def clear(self, row):
+        super().clear(row)
+        self.texts[row] = []
+
+    def take(self, row):
+        return (*super().take(row), torch.tensor(self.texts[row]))
+
+    def put(self, row, saved):
+        super().put(row, saved[:2])
+        self.texts[row] = saved[2].tolist()
+
+    def feed(self, rows, chunks):
+        chosen = super().feed(rows, chunks)
+        for row, chunk, token in zip(rows, chunks, chosen, strict=True):
+            self.texts[row] = self.texts[row] + chunk
+            self.choices.append((self.texts[row], token))
+        return [self.script(self.texts[row]) for row in rows]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_choice_is_that_of_the_whole_context(method, batch, tokenizer):
+    """Rows freed and filled again, suspended and resumed: at each place the model saw just the context at hand."""
+    model = random_model()
+    engine = ForcedEngine(model, perfect(tokenizer, method))
+    todo = problems([4, 1, 6, 3, 5, 2, 7], seed=8)
+    for p, r in zip(todo, solve(Decoder(engine, tokenizer, Limits(batch=batch)), method, todo), strict=True):
+        assert Addition.judge(p, r.text, method)
+    assert len(engine.choices) > 30
+    for ids, token in engine.choices:
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids]))[0, -1]
+        assert logits.max() - logits[token] < 1e-3, "not the choice of the model on this context"
+
+
+def test_rows_in_any_order_and_padding_beyond_the_longest_context():
+    model = random_model(max_seq_len=128)
+    engine, parallel = Engine(model), Engine(model)
+    engine.reset(2)
+    parallel.reset(2)
+    a, b = list(range(10, 110)), list(range(200, 203))
+    assert engine.feed([1, 0], [a, b]) == parallel.feed([0, 1], [b, a])[::-1]
+    assert (
+        engine.feed([0, 1], [list(range(300, 350)), [7] * 10]) == parallel.feed([1, 0], [[7] * 10, list(range(300, 350))])[::-1]
+    )
+    with pytest.raises(ValueError, match="exceeds"):
+        engine.feed([1], [[7] * 50])
+
+
 @pytest.fixture(scope="module")
 def solver():
     adapter = BASE / "adapters/addition-retuning"
@@ -184,13 +240,15 @@ def test_little_memory_gives_the_same_tokens(solver):
     bound = 6 * 128 * llama.KVCache.bytes_per_position(model.config, torch.float32)
     engine.rows_for = lambda *_: 6
     decoder = Decoder(engine, tokenizer, Limits(cache_bytes=bound), keep_frames=True)
-    most = 0
+    most, feed = 0, engine.feed
 
-    def watch(problem, frame, segment):
+    def watch(rows, chunks):
         nonlocal most
+        tokens = feed(rows, chunks)
         most = max(most, decoder.suspended_bytes + engine.nbytes)
+        return tokens
 
-    decoder.on_segment = watch
+    engine.feed = watch
     results = sorted(decoder.solve(prompts), key=lambda r: r.index)
     assert [(r.ending, [(f.depth, f.tokens, f.ending) for f in r.frames]) for r in results] == plenty
     assert most <= bound
@@ -223,13 +281,14 @@ def run(*args):
 
 
 def test_command_line():
-    out = run("7319 + 439", "--dtype", "float32")
+    adapter = ("--adapter", BASE / "adapters/addition-retuning", "--dtype", "float32")
+    out = run("7319 + 439", *adapter)
     assert out.returncode == 0 and out.stderr == ""
     lines = out.stdout.splitlines()
     assert lines[0] == "given  7319 + 0439⏎Solution: "
     assert lines[1] == "writes Call: 319 + 439⏎"
     assert lines[2] == "  given  319 + 439⏎Solution: "
     assert lines[-1].startswith("answer: 7758 (right); 4 frames")
-    report = json.loads(run("7319 + 439", "--json", "--dtype", "float32").stdout)
+    report = json.loads(run("7319 + 439", "--json", *adapter).stdout)
     assert report["correct"] and report["answer"] == report["oracle"] == "7758" and len(report["frames"]) == 4
     assert report["frames"][3]["segments"][1] == {"text": "Carry 1, Output 8", "written": True}

@@ -29,11 +29,12 @@ def test_the_shipped_adapter_adds_numbers_longer_than_any_it_has_seen():
     model, tokenizer = llama.load(BASE)
     lora.load_adapter(model, BASE / "adapters/addition-retuning")
     lora.merge(model)
-    rng = random.Random()  # not seeded: fresh problems each time
+    seed = random.randrange(2**32)  # fresh problems each time
+    rng = random.Random(seed)
     problems = [Addition.sample(rng, 20) for _ in range(20)]
     results = Decoder(Engine(model), tokenizer).solve([Addition.prompt(p, "retuning") for p in problems])
     right = sum(r.ending == "answer" and Addition.judge(problems[r.index], r.text, "retuning") for r in results)
-    assert right >= 18
+    assert right >= 18, f"seed {seed}"
 
 
 def test_greedy_text_equals_pefts():
