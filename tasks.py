@@ -195,12 +195,14 @@ class Primer:
     DELIMITERS = (" + ", " | ", " ; ", " - ", " and ", " / ", " * ", " to ")
     NOTATIONS = (("", "", ""), ("", " ", ""), ("", "-", ""), ("", ",", ""), ("(", " ", ")"), ("[", ", ", "]"))
 
-    def __init__(self, max_items: int = 128):
+    def __init__(self, max_items: int = 128, sums: float = 0.0):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
+        self.sums = sums  # share of contexts that drill sums of single digits
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
-        r = rng.random()
-        if r < 0.06:
+        if self.sums and rng.random() < self.sums:
+            return self._sums(rng)
+        if rng.random() < 0.06:
             return self._arithmetic(rng)
         record = self._record(rng, short=False)
         first, latest = record, record
@@ -389,6 +391,19 @@ class Primer:
             else:
                 ask, reply = f"less {a} {b}", str(a < b)
             out += [given(("\n" if i else "") + ask + ": "), written(reply)]
+        return out
+
+    def _sums(self, rng: random.Random) -> Context:
+        """Sums of two digits and a carry; half of them of the first digits of two sequences."""
+        out: Context = []
+        for i in range(rng.randint(1, 16)):
+            x, y, carry = rng.choice(self.DIGITS), rng.choice(self.DIGITS), rng.randint(0, 1)
+            ask = f"sum {x} {y} {carry}: "
+            if rng.random() < 0.5:
+                a, b = (d + "".join(rng.choices(self.DIGITS, k=rng.randint(0, 12))) for d in (x, y))
+                ask = f"{a}{rng.choice(self.DELIMITERS)}{b}\nheadsum {carry}: "
+            carry, digit = divmod(int(x) + int(y) + carry, 10)
+            out += [given(("\n" if i else "") + ask), written(f"{carry} {digit}")]
         return out
 
 
