@@ -143,7 +143,8 @@ def save_adapter(model: LLaMA, path: str | Path, c: LoRAConfig, base: str) -> No
         "modules_to_save": None,
     }
     state = {n: p.detach().to("cpu", copy=True).contiguous() for n, p in lora_state(model).items()}
-    metadata = {"format": "pt", "base_fingerprint": fingerprint(model)}
+    # One entry: safetensors writes several in no fixed order, and the same run should give the same file.
+    metadata = {"base_fingerprint": fingerprint(model)}
     write_atomically(path / "adapter_model.safetensors", lambda p: save_file(state, p, metadata=metadata))
     write_atomically(path / "adapter_config.json", lambda p: p.write_text(json.dumps(config, indent=2) + "\n"))
 

@@ -114,6 +114,7 @@ def test_adapters_that_do_not_fit_are_refused(base_and_adapter, tmp_path):
     refused("not a readable safetensors file")
     weights.unlink()
     refused("no such file")
+    llama.save_file(tensors, weights)
     for change, match in [
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
