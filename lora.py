@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import HF_NAMES, LLaMA, UserError, find_folder, hf_name, read_json, read_tensors, write_atomically
+from model import HF_NAMES, LLaMA, Source, UserError, WeightFile, find_folder, hf_name, read_json, write_atomically
 
 LAYERS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # what can be wrapped
 PEFT_NAMES = {ours.rpartition(".")[2]: theirs.rpartition(".")[2] for ours, theirs in HF_NAMES.items() if ours.endswith(LAYERS)}
@@ -28,6 +27,7 @@ class LoRAConfig:
     alpha: float
     dropout: float = 0.0
     targets: tuple[str, ...] = LAYERS
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)
 
     def __post_init__(self):
         if self.rank < 1:
@@ -38,7 +38,7 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 class LoRALinear(nn.Module):
@@ -70,6 +70,7 @@ class LoRALinear(nn.Module):
         merged = nn.Linear(inside, out, bias=False, device="meta")
         weight = self.linear.weight.float() + self.scale * self.lora_B @ self.lora_A
         merged.weight = nn.Parameter(weight.to(self.linear.weight.dtype).detach(), requires_grad=False)
+        merged.bias = self.linear.bias
         return merged
 
 
@@ -136,7 +137,7 @@ def save_adapter(model: LLaMA, path: str | Path, c: LoRAConfig, base: str) -> No
         "lora_dropout": c.dropout,
         "target_modules": [PEFT_NAMES[t] for t in c.targets],
         "bias": "none",
-        "use_rslora": False,
+        "use_rslora": c.rslora,
         "use_dora": False,
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -159,7 +160,6 @@ def read_adapter_config(path: str | Path) -> tuple[LoRAConfig, str]:
     if c.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {c.get('peft_type')!r}, expected 'LORA'")
     for key in (
-        "use_rslora",
         "use_dora",
         "fan_in_fan_out",
         "modules_to_save",
@@ -178,12 +178,15 @@ def read_adapter_config(path: str | Path) -> tuple[LoRAConfig, str]:
             raise UserError(f"{file}: {key} is {c[key]!r}, expected a number")
     ours = {theirs: name for name, theirs in PEFT_NAMES.items()}
     try:
-        targets = c["target_modules"]
+        targets = list(ours) if c["target_modules"] == "all-linear" else c["target_modules"]
+        if isinstance(targets, list):  # PEFT writes names of modules, or of each layer's: whether all are meant, the tensors say
+            targets = [str(t).rpartition(".")[2] for t in targets]
         unknown = set(targets) - set(ours) if isinstance(targets, list) else {str(targets)}
         if unknown:
             raise UserError(f"{file}: target module {min(unknown)!r}, expected some of {', '.join(ours)}")
         names = tuple(name for name in LAYERS if PEFT_NAMES[name] in targets)
-        return LoRAConfig(c["r"], c["lora_alpha"], c.get("lora_dropout", 0.0), names), c.get("base_model_name_or_path") or ""
+        config = LoRAConfig(c["r"], c["lora_alpha"], c.get("lora_dropout", 0.0), names, bool(c.get("use_rslora")))
+        return config, c.get("base_model_name_or_path") or ""
     except KeyError as e:
         raise UserError(f"{file}: the key {e} is missing") from None
 
@@ -191,25 +194,27 @@ def read_adapter_config(path: str | Path) -> tuple[LoRAConfig, str]:
 def load_adapter(model: LLaMA, path: str | Path) -> LoRAConfig:
     """Wrap the model and load an adapter folder. Strict: what does not fit is named, with both shapes."""
     c, _ = read_adapter_config(path)
-    file = Path(path) / "adapter_model.safetensors"
-    tensors = read_tensors(file)
-    with safe_open(file, framework="pt") as f:
-        made_for = (f.metadata() or {}).get("base_fingerprint")
+    file = WeightFile(Path(path) / "adapter_model.safetensors")
+    made_for = (file.file.metadata() or {}).get("base_fingerprint")
     wrap(model, c)
-    for name, parameter in lora_state(model).items():
-        tensor = tensors.pop(name, None)
-        if tensor is None:
-            raise UserError(f"{file}: tensor {name} {list(parameter.shape)} is missing")
-        if tensor.shape != parameter.shape:
-            raise UserError(f"{file}: tensor {name} has shape {list(tensor.shape)}, the base needs {list(parameter.shape)}")
-        parameter.data.copy_(tensor)
-    if tensors:
-        raise UserError(f"{file}: unexpected tensor {min(tensors)} {list(tensors[min(tensors)].shape)}")
+    parameters = lora_state(model)
+    for name, parameter in parameters.items():
+        if name not in file.shapes:
+            raise UserError(f"{file.path}: tensor {name} {list(parameter.shape)} is missing")
+        if file.shapes[name] != parameter.shape:
+            raise UserError(
+                f"{file.path}: tensor {name} has shape {list(file.shapes[name])}, the base needs {list(parameter.shape)}"
+            )
+    unexpected = sorted(file.shapes.keys() - parameters.keys())
+    if unexpected:
+        raise UserError(f"{file.path}: unexpected tensor {unexpected[0]} {list(file.shapes[unexpected[0]])}")
     if made_for and made_for != fingerprint(model):
         raise UserError(
             f"{path}: this adapter was trained on another base (fingerprint {made_for}, this one's is {fingerprint(model)}); "
             "name its own with --base"
         )
+    for name, parameter in parameters.items():
+        parameter.data.copy_(Source([file], name).read(parameter.device, parameter.dtype))
     return c
 
 

@@ -1,16 +1,20 @@
 """A LLaMA in one file, to be read from leaf to root.
 
-RMSNorm, rotary embedding, attention, feed-forward, block, LLaMA; then the KV cache, the tokenizer, and
-`load` / `save` for checkpoint folders in the Hugging Face layout (config.json, model.safetensors, tokenizer.model).
-Inside, names are Meta's (wq, wk, wv, wo, w1, w2, w3); the table `HF_NAMES` is the only place that knows the others.
+RMSNorm, rotary embedding, attention, feed-forward, block, LLaMA; then the KV cache, the tokenizer, and checkpoints: `load`
+reads folders in the layouts of Hugging Face (config.json, *.safetensors) and of Meta (params.json, consolidated.*), `save`
+writes the former. Inside, names are Meta's (wq, wk, wv, wo, w1, w2, w3) and rotary embedding rotates Hugging Face's pairs.
 
 Shapes in comments: B rows, T new tokens, S cached positions, D model width, H query heads, K key/value heads, hd head width.
 """
 
 import json
+import math
 import os
+import pickle
 import re
 import sys
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -70,6 +75,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are lowered for contexts longer than those of pretraining."""
+
+    kind: str  # "linear": all by `factor`; "llama3": the low ones by `factor`, the high ones not at all
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
 @dataclass
 class ModelConfig:
     vocab_size: int
@@ -83,6 +99,9 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     max_seq_len: int = 2048  # the longest context, in tokens
     tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_scaling: RopeScaling | None = None
 
 
 class RMSNorm(nn.Module):
@@ -95,14 +114,30 @@ class RMSNorm(nn.Module):
         return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).type_as(x)
 
 
-def rotary_angles(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_frequencies(c: ModelConfig, device: torch.device) -> Tensor:
+    """Radians per position of each pair of dimensions, [hd/2] in fp32, the highest first."""
+    # Written like this, and not as theta ** -x, since a difference in the last bit is a radian / 10,000 at position 2,000.
+    frequencies = 1.0 / (c.rope_theta ** (torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim))
+    if c.rope_scaling is None:
+        return frequencies
+    scaled = frequencies / c.rope_scaling.factor
+    if c.rope_scaling.kind == "linear":
+        return scaled
+    # Llama 3.1: frequencies with fewer than low_freq_factor turns in the original context are scaled, those with more than
+    # high_freq_factor are not, and in between it is a mixture.
+    low, high = c.rope_scaling.low_freq_factor, c.rope_scaling.high_freq_factor
+    turns = c.rope_scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * scaled + smooth * frequencies
+
+
+def rotary_angles(positions: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation of each position, [B, T] -> twice [B, T, 1, hd/2] in fp32 (RoFormer, section 3.4.2).
 
     They are computed for the positions at hand, not looked up: positions may be fractional (see `stretch` in train.py),
     and no table can be overrun. bf16 cannot hold integers above 256, hence fp32.
     """
-    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angles = positions.float()[:, :, None, None] * frequencies
+    angles = positions.float()[:, :, None, None] * rotary_frequencies(c, positions.device)
     return angles.cos(), angles.sin()
 
 
@@ -132,10 +167,10 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = c.n_heads, c.n_kv_heads, c.head_dim
-        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=False)
-        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=False)
-        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=False)
+        self.wq = nn.Linear(c.dim, c.n_heads * c.head_dim, bias=c.attention_bias)
+        self.wk = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.attention_bias)
+        self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.attention_bias)
+        self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=c.attention_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cached: "LayerCache | None") -> Tensor:
         B, T, _ = x.shape
@@ -162,9 +197,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, c: ModelConfig):
         super().__init__()
-        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias=False)
-        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias=False)
-        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=False)
+        self.w1 = nn.Linear(c.dim, c.hidden_dim, bias=c.mlp_bias)
+        self.w2 = nn.Linear(c.hidden_dim, c.dim, bias=c.mlp_bias)
+        self.w3 = nn.Linear(c.dim, c.hidden_dim, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -238,7 +273,7 @@ class LLaMA(nn.Module):
             slots, layer_caches = cache.open(T, rows)
             if positions is None:
                 positions = slots
-        cos, sin = rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
+        cos, sin = rotary_angles(positions, self.config)
         x = self.tok_embeddings(tokens)  # [B, T, D]
         for layer, cached in zip(self.layers, layer_caches, strict=True):
             if gradient_checkpointing and torch.is_grad_enabled():
@@ -394,9 +429,9 @@ HF_NAMES = {  # our module -> the Hugging Face module; N is the layer
 
 
 def hf_name(name: str) -> str:
-    """layers.3.attention.wq -> model.layers.3.self_attn.q_proj (a trailing .weight stays)."""
+    """layers.3.attention.wq -> model.layers.3.self_attn.q_proj (a trailing .weight or .bias stays)."""
     module, dot, leaf = name.rpartition(".")
-    if leaf != "weight":
+    if leaf not in ("weight", "bias"):
         module, dot, leaf = name, "", ""
     parts = module.split(".")
     number = next((p for p in parts if p.isdigit()), "N")
@@ -440,64 +475,416 @@ def write_atomically(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _weights_error(path: Path, error: Exception) -> UserError:
+    reason = str(error).strip().partition("\n")[0][:200]
+    return UserError(f"{path}: not a readable file of weights ({reason or type(error).__name__}; {_describe(path)})")
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU, in the file's dtypes."""
     try:
         with safe_open(path, framework="pt") as f:
             return {name: f.get_tensor(name) for name in f.keys()}
     except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: not a readable safetensors file ({e}; {_describe(path)})") from None
+        raise _weights_error(path, e) from None
+
+
+class WeightFile:
+    """A file of weights, safetensors or a pickle of tensors: shapes at once, tensors (memory-mapped) when asked for."""
+
+    DTYPES = {"BF16", "F16", "F32", "F64", "torch.bfloat16", "torch.float16", "torch.float32", "torch.float64"}
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            if path.suffix == ".safetensors":
+                _refuse_duplicates(path)
+                self.file = safe_open(path, framework="pt")
+                slices = {name: self.file.get_slice(name) for name in self.file.keys()}
+                self.shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+                dtypes = {name: s.get_dtype() for name, s in slices.items()}
+            else:  # weights_only: no code in the file is run
+                self.file = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+                if not (isinstance(self.file, dict) and all(isinstance(t, Tensor) for t in self.file.values())):
+                    raise ValueError("it holds other things than tensors by name")
+                self.shapes = {name: tuple(t.shape) for name, t in self.file.items()}
+                dtypes = {name: str(t.dtype) for name, t in self.file.items()}
+        except (SafetensorError, OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as e:
+            raise _weights_error(path, e) from None
+        for name, dtype in dtypes.items():
+            if dtype not in self.DTYPES:
+                raise UserError(f"{path}: tensor {name} is of dtype {dtype}, expected float weights, not quantized ones")
+
+    def get(self, name: str) -> Tensor:
+        return self.file[name] if isinstance(self.file, dict) else self.file.get_tensor(name)
+
+
+def _refuse_duplicates(path: Path) -> None:
+    """Of two entries of one name in the header, readers would silently take the last."""
+
+    def unique(pairs: list) -> dict:
+        names = [name for name, _ in pairs]
+        if len(set(names)) < len(names):
+            raise ValueError(f"its header has {max(names, key=names.count)!r} twice")
+        return dict(pairs)
+
+    with path.open("rb") as f:
+        size = int.from_bytes(f.read(8), "little")
+        if size <= 100_000_000:  # else no header: left to safe_open to refuse
+            try:
+                json.loads(f.read(size), object_pairs_hook=unique)
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
+                pass  # as above
+
+
+@dataclass
+class Source:
+    """Where a parameter is to be found: one tensor, or one a shard to be joined along `dim`."""
+
+    files: list[WeightFile]
+    name: str  # as in the files
+    dim: int = 0
+    heads: int = 0  # if not 0: rows are this many heads' in Meta's rotary order
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [f.shapes[self.name] for f in self.files]
+        if len(shapes) == 1 or self.dim >= len(shapes[0]):
+            return shapes[0]
+        return (*shapes[0][: self.dim], sum(s[self.dim] for s in shapes), *shapes[0][self.dim + 1 :])
+
+    def read(self, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+        """The whole tensor in memory of its own, nothing larger having been held on the way."""
+        out = torch.empty(self.shape, device=device, dtype=dtype)
+        start = 0
+        for f in self.files:
+            try:
+                part = f.get(self.name)
+                out.narrow(self.dim, start, part.shape[self.dim]).copy_(part)
+            except (SafetensorError, OSError, RuntimeError) as e:
+                raise _weights_error(f.path, e) from None
+            start += part.shape[self.dim]
+        if not out.sum(dtype=torch.float32).isfinite():
+            raise UserError(f"{self.files[0].path}: tensor {self.name} holds NaN or infinity: the file is damaged, get it again")
+        if self.heads:  # Meta rotates the pairs (2i, 2i + 1), we rotate (i, i + hd/2)
+            rest = out.shape[1:]
+            out = out.view(self.heads, -1, 2, *rest).transpose(1, 2).reshape(out.shape)
+        return out
+
+
+def load_model(
+    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, vocab_size: int | None = None
+) -> LLaMA:
+    """Read a model without its tokenizer; `vocab_size` is the tokenizer's, for a params.json that leaves it open.
+
+    Names and shapes of all tensors are checked before any is read; then they are read one by one, each straight to its
+    device and dtype. Raises UserError for what does not fit, naming the tensor and both shapes.
+    """
+    path = Path(path)
+    config, sources = _open_meta(path, vocab_size) if _is_meta(path) else _open_hf(path)
+    with torch.device("meta"):
+        model = LLaMA(config)
+    parameters = dict(model.named_parameters())  # a tied output layer is listed once
+    missing = [name for name in parameters if name not in sources]
+    if missing:
+        shape = list(parameters[missing[0]].shape)
+        shown = missing[0] if _is_meta(path) else hf_name(missing[0])
+        raise UserError(f"{path}: tensor {shown} {shape} is missing from its weights")
+    for name, source in sources.items():
+        if name not in parameters:
+            raise UserError(f"{source.files[0].path}: unexpected tensor {source.name} {list(source.shape)}")
+        expected = tuple(parameters[name].shape)
+        if source.shape != expected:
+            raise UserError(
+                f"{source.files[0].path}: tensor {source.name} has shape {list(source.shape)}, expected {list(expected)}"
+            )
+    state = {}
+    total = sum(p.numel() for p in parameters.values()) * dtype.itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, delay=2, disable=None, leave=False, desc=f"loading {path.name}") as bar:
+        for name in parameters:
+            state[name] = sources[name].read(device, dtype)
+            bar.update(state[name].nbytes)
+    model.load_state_dict(state, assign=True, strict=not config.tie_embeddings)
+    model.tie()
+    return model.requires_grad_(False).eval()
+
+
+def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[LLaMA, Tokenizer]:
+    """Read a checkpoint folder, in the layout of Hugging Face or of Meta, and its sentencepiece tokenizer."""
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; expected one with a checkpoint and its tokenizer.model")
+    config_file = path / ("params.json" if _is_meta(path) else "config.json")
+    said = read_json(config_file).get("vocab_size", -1)  # before the tokenizer: without it this is no checkpoint at all
+    tokenizer = Tokenizer(find_tokenizer(path))
+    # Some checkpoints have a few embeddings more than the tokenizer has pieces, for tokens added later or to a round number.
+    if isinstance(said, int) and said != -1 and not 0 <= said - tokenizer.vocab_size < 1024:
+        raise UserError(f"{config_file} says {said} tokens, tokenizer.model has {tokenizer.vocab_size}: they are not a pair")
+    return load_model(path, device=device, dtype=dtype, vocab_size=tokenizer.vocab_size), tokenizer
+
+
+def find_tokenizer(path: Path) -> Path:
+    """tokenizer.model of a checkpoint; where Meta's layout was unpacked as it came, it is in the folder above."""
+    places = [path / "tokenizer.model"] + ([path.parent / "tokenizer.model"] if _is_meta(path) else [])
+    for file in places:
+        if file.is_file():
+            return file
+    if (path / "tokenizer.json").exists():
+        raise UserError(f"{path}: it has a tokenizer.json only; add the sentencepiece tokenizer.model that goes with it")
+    raise UserError(f"{places[0]}: no such file; expected the sentencepiece model of the checkpoint")
+
+
+def _is_meta(path: Path) -> bool:
+    """Where both are there, as Mistral ships them, the Hugging Face layout is taken."""
+    return (path / "params.json").exists() and not (path / "config.json").exists()
+
+
+class Fields:
+    """A JSON object whose values are checked as they are taken."""
+
+    def __init__(self, path: Path):
+        self.path, self.values = path, read_json(path)
+
+    def get(self, key: str, default=None):
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def number(self, key: str, default=None, kind: type = int):
+        """A positive number."""
+        value = self.get(key, default)
+        if value is None:
+            raise UserError(f"{self.path}: the key {key!r} is missing")
+        if isinstance(value, bool) or not isinstance(value, kind if kind is int else (int, float)) or not 0 < value < 2**40:
+            raise UserError(f"{self.path}: {key} is {value!r}, expected a positive {kind.__name__}")
+        return kind(value)
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key, False)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.path}: {key} is {value!r}, expected true or false")
+        return value
+
+    def heads(self, dim: int, heads: str, kv_heads: str) -> tuple[int, int, int]:
+        """(query heads, key/value heads, width of a head)."""
+        h = self.number(heads)
+        k = self.number(kv_heads, h)
+        if h % k:
+            raise UserError(f"{self.path}: {h} attention heads cannot share {k} key/value heads evenly")
+        if self.get("head_dim") is None and dim % h:
+            raise UserError(f"{self.path}: a width of {dim} is not divisible by {h} attention heads")
+        hd = self.number("head_dim", dim // h)
+        if hd % 2:
+            raise UserError(f"{self.path}: heads are {hd} wide, expected an even number")
+        return h, k, hd
+
+    def layers(self, key: str) -> int:
+        n = self.number(key)
+        if n > 1000:  # they are built before the weights are looked at
+            raise UserError(f"{self.path}: {key} is {n}, expected at most 1000")
+        return n
 
 
 def config_from_hf(path: Path) -> ModelConfig:
-    """Read a Hugging Face config.json of architecture LlamaForCausalLM; refuse what this model cannot run."""
-    c = read_json(path)
+    """Read a Hugging Face config.json (of transformers 4 or 5); refuse what this model cannot run."""
+    c = Fields(path)
     found = c.get("architectures") or [c.get("model_type")]
-    if found not in (["LlamaForCausalLM"], ["llama"]):
-        raise UserError(f"{path}: architecture {found[0]!r}, expected 'LlamaForCausalLM'")
-    rope = c.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{path}: rope_parameters is {rope!r}, expected an object")
-    kind = rope.get("rope_type", "default")
-    if kind != "default" or c.get("rope_scaling"):
-        raise UserError(f"{path}: rope scaling {c.get('rope_scaling') or kind!r} is not supported, expected none")
-    for key in ("attention_bias", "mlp_bias"):
-        if c.get(key):
-            raise UserError(f"{path}: {key} is not supported, expected false")
+    if found not in (["LlamaForCausalLM"], ["llama"], ["MistralForCausalLM"], ["mistral"]):
+        raise UserError(f"{path}: architecture {found[0] if isinstance(found, list) else found}, expected LlamaForCausalLM")
     if c.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{path}: hidden_act is {c['hidden_act']!r}, expected 'silu'")
+        raise UserError(f"{path}: hidden_act is {c.get('hidden_act')!r}, expected 'silu'")
+    if c.get("quantization_config"):
+        raise UserError(f"{path}: the weights are quantized, expected bf16, fp16 or fp32 ones")
+    dim = c.number("hidden_size")
+    n_heads, n_kv_heads, head_dim = c.heads(dim, "num_attention_heads", "num_key_value_heads")
+    max_seq_len = c.number("max_position_embeddings", 2048)
+    if c.get("sliding_window") is not None:  # attention would have to forget beyond it: no context may be longer
+        max_seq_len = min(max_seq_len, c.number("sliding_window"))
+    theta, scaling = _rope_from_hf(c)
+    return ModelConfig(
+        vocab_size=c.number("vocab_size"),
+        dim=dim,
+        n_layers=c.layers("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        hidden_dim=c.number("intermediate_size"),
+        norm_eps=c.number("rms_norm_eps", 1e-6, float),
+        rope_theta=theta,
+        max_seq_len=max_seq_len,
+        tie_embeddings=c.flag("tie_word_embeddings"),
+        attention_bias=c.flag("attention_bias"),
+        mlp_bias=c.flag("mlp_bias"),
+        rope_scaling=scaling,
+    )
 
-    def number(key: str, value, kind: type = int):
-        """A positive number; anything else is named."""
-        if isinstance(value, bool) or not isinstance(value, kind if kind is int else (int, float)) or not value > 0:
-            raise UserError(f"{path}: {key} is {value!r}, expected a positive {kind.__name__}")
-        return kind(value)
 
-    try:
-        dim, heads = number("hidden_size", c["hidden_size"]), number("num_attention_heads", c["num_attention_heads"])
-        kv_heads = number("num_key_value_heads", c.get("num_key_value_heads") or heads)
-        if heads % kv_heads:
-            raise UserError(f"{path}: {heads} attention heads cannot share {kv_heads} key/value heads evenly")
-        if not c.get("head_dim") and dim % heads:
-            raise UserError(f"{path}: hidden_size {dim} is not divisible by {heads} attention heads")
-        return ModelConfig(
-            vocab_size=number("vocab_size", c["vocab_size"]),
-            dim=dim,
-            n_layers=number("num_hidden_layers", c["num_hidden_layers"]),
-            n_heads=heads,
-            n_kv_heads=kv_heads,
-            head_dim=number("head_dim", c.get("head_dim") or dim // heads),
-            hidden_dim=number("intermediate_size", c["intermediate_size"]),
-            norm_eps=number("rms_norm_eps", c.get("rms_norm_eps", 1e-6), float),
-            rope_theta=number("rope_theta", rope.get("rope_theta") or c.get("rope_theta") or 10_000.0, float),
-            max_seq_len=number("max_position_embeddings", c.get("max_position_embeddings", 2048)),
-            tie_embeddings=bool(c.get("tie_word_embeddings", False)),
-        )
-    except KeyError as e:
-        raise UserError(f"{path}: the key {e} is missing") from None
+def _rope_from_hf(c: Fields) -> tuple[float, RopeScaling | None]:
+    """Version 4 has rope_theta and rope_scaling; version 5 has both in rope_parameters."""
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{c.path}: rope parameters are {rope!r}, expected an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    fields = Fields.__new__(Fields)
+    fields.path, fields.values = c.path, {"rope_theta": c.get("rope_theta"), **rope}
+    theta = fields.number("rope_theta", 10_000.0, float)
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind, fields.number("factor", kind=float))
+    if kind == "llama3":
+        low, high = fields.number("low_freq_factor", kind=float), fields.number("high_freq_factor", kind=float)
+        if low >= high:
+            raise UserError(f"{c.path}: low_freq_factor {low} is not below high_freq_factor {high}")
+        original = fields.number("original_max_position_embeddings")
+        return theta, RopeScaling(kind, fields.number("factor", kind=float), low, high, original)
+    raise UserError(f"{c.path}: rope scaling {kind!r} is not supported, expected default, linear or llama3")
+
+
+def _open_hf(path: Path) -> tuple[ModelConfig, dict[str, Source]]:
+    """Configuration, and our parameter names with where to read them."""
+    config = config_from_hf(path / "config.json")
+    ours = {hf_name(name): name for name in _parameter_names(config)}
+    sources = {}
+    for file, name in _hf_tensors(path):
+        if name.endswith("rotary_emb.inv_freq") or (config.tie_embeddings and name == "lm_head.weight"):
+            continue
+        sources[ours.get(name, name)] = Source([file], name)
+    return config, sources
+
+
+def _hf_tensors(path: Path) -> Iterator[tuple[WeightFile, str]]:
+    """(file, tensor) of all weights: of one file, or of the shards that an index names."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = path / f"{single}.index.json"
+        if index.exists():
+            break
+        if (path / single).exists():
+            file = WeightFile(path / single)
+            yield from ((file, name) for name in file.shapes)
+            return
+    else:
+        raise UserError(f"{path}: no weights; expected model.safetensors, or shards with model.safetensors.index.json")
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{index}: no weight_map, expected one from tensor to file")
+    suffix = Path(single).suffix
+    for file in dict.fromkeys(where.values()):
+        # A plain name: an index must not reach out of its folder. (Links are fine: the hub's cache consists of them.)
+        if not isinstance(file, str) or "\\" in file or Path(file).name != file or not file.endswith(suffix):
+            raise UserError(f"{index}: the file {file!r}, expected the plain name of a {suffix} file in the same folder")
+        if not (path / file).is_file():
+            raise UserError(f"{path / file}: no such file, though {index.name} names it; fetch the missing shard")
+    files = {file: WeightFile(path / file) for file in dict.fromkeys(where.values())}
+    for file, weights in files.items():
+        for name in weights.shapes:
+            if where.get(name) != file:
+                raise UserError(f"{path / file}: it has tensor {name}, which {index.name} has in {where.get(name)}")
+    for name, file in where.items():
+        if name not in files[file].shapes:
+            raise UserError(f"{path / file}: tensor {name} is missing, though {index.name} has it there")
+        yield files[file], name
+
+
+def _open_meta(path: Path, vocab_size: int | None) -> tuple[ModelConfig, dict[str, Source]]:
+    """As `_open_hf`, for params.json and consolidated.*: shards are model-parallel parts of every tensor."""
+    files = [WeightFile(f) for f in _meta_files(path)]
+    config = config_from_meta(path / "params.json", vocab_size)
+    sources = {}
+    for name, shape in files[0].shapes.items():
+        if name == "rope.freqs":
+            continue
+        for f in files[1:]:
+            if name not in f.shapes:
+                raise UserError(f"{f.path}: tensor {name} is missing, though {files[0].path.name} has its part of it")
+        part = name.removesuffix(".weight").rpartition(".")[2]
+        heads = {"wq": config.n_heads, "wk": config.n_kv_heads}.get(part, 0)
+        if part.endswith("norm"):
+            sources[name] = Source(files[:1], name)
+        elif part in ("wo", "w2") or (
+            part == "tok_embeddings" and shape[1:] != (config.dim,)
+        ):  # LLaMA 1 and 2; Llama 3 splits rows
+            sources[name] = Source(files, name, dim=1)
+        else:
+            sources[name] = Source(files, name, heads=heads)
+    extra = [(f, n) for f in files[1:] for n in f.shapes if n not in files[0].shapes]
+    if extra:
+        raise UserError(f"{extra[0][0].path}: unexpected tensor {extra[0][1]}, which {files[0].path.name} does not have")
+    return config, sources
+
+
+def _meta_files(path: Path) -> list[Path]:
+    if (path / "consolidated.safetensors").exists():
+        return [path / "consolidated.safetensors"]
+    for suffix in ("safetensors", "pth"):
+        found = {int(f.name.split(".")[1]): f for f in path.glob(f"consolidated.[0-9][0-9].{suffix}")}
+        if found:
+            for i in range(max(found) + 1):
+                if i not in found:
+                    raise UserError(f"{path}/consolidated.{i:02}.{suffix}: missing, though there is {found[max(found)].name}")
+            return [found[i] for i in sorted(found)]
+    raise UserError(f"{path}: no weights; expected consolidated.safetensors, consolidated.NN.safetensors or .pth")
+
+
+def config_from_meta(path: Path, vocab_size: int | None) -> ModelConfig:
+    """Read a params.json. It does not say how long contexts were in training: 2048 with LLaMA 1, 4096 with 2, 8192 with 3."""
+    c = Fields(path)
+    dim = c.number("dim")
+    n_heads, n_kv_heads, head_dim = c.heads(dim, "n_heads", "n_kv_heads")
+    hidden = c.get("hidden_dim")
+    if hidden is None:
+        hidden = int(c.number("ffn_dim_multiplier", 1.0, float) * int(2 * 4 * dim / 3))
+        multiple = c.number("multiple_of", 256)
+        hidden = multiple * -(-hidden // multiple)
+    else:
+        hidden = c.number("hidden_dim")
+    tokens = c.get("vocab_size", -1)
+    if tokens == -1:
+        if vocab_size is None:
+            raise UserError(f"{path}: vocab_size is -1, to be taken from the tokenizer, which was not given")
+        tokens = vocab_size
+    else:
+        tokens = c.number("vocab_size")
+    theta, norm_eps = c.number("rope_theta", 10_000.0, float), c.number("norm_eps", 1e-5, float)
+    scaling = None
+    if c.flag("use_scaled_rope"):
+        if c.get("rope_scaling_factor") is None:  # older files leave it to the code that goes with them
+            raise UserError(f'{path}: use_scaled_rope without its factor; add "rope_scaling_factor": 8 (Llama 3.1), 32 (3.2)')
+        scaling = RopeScaling("llama3", c.number("rope_scaling_factor", kind=float))
+    guess = 8192 if theta >= 500_000 else 4096 if norm_eps > 1e-6 else 2048
+    max_seq_len = c.number("max_seq_len", guess)
+    if c.get("sliding_window") is not None:
+        max_seq_len = min(max_seq_len, c.number("sliding_window"))
+    return ModelConfig(
+        vocab_size=tokens,
+        dim=dim,
+        n_layers=c.layers("n_layers"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        hidden_dim=hidden,
+        norm_eps=norm_eps,
+        rope_theta=theta,
+        max_seq_len=max_seq_len,
+        rope_scaling=scaling,
+    )
+
+
+def _parameter_names(config: ModelConfig) -> list[str]:
+    with torch.device("meta"):
+        return [name for name, _ in LLaMA(config).named_parameters()]
 
 
 def config_to_hf(c: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict:
+    """A config.json that transformers 4 and 5 read."""
+    scaling = None
+    if c.rope_scaling:
+        scaling = {"rope_type": c.rope_scaling.kind, "factor": c.rope_scaling.factor}
+        if c.rope_scaling.kind == "llama3":
+            scaling |= {
+                "low_freq_factor": c.rope_scaling.low_freq_factor,
+                "high_freq_factor": c.rope_scaling.high_freq_factor,
+                "original_max_position_embeddings": c.rope_scaling.original_max_seq_len,
+            }
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -511,50 +898,15 @@ def config_to_hf(c: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> di
         "hidden_act": "silu",
         "rms_norm_eps": c.norm_eps,
         "rope_theta": c.rope_theta,
+        "rope_scaling": scaling,
         "max_position_embeddings": c.max_seq_len,
         "tie_word_embeddings": c.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": c.attention_bias,
+        "mlp_bias": c.mlp_bias,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
-
-
-def load(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> tuple[LLaMA, Tokenizer]:
-    """Read a checkpoint folder in the Hugging Face layout.
-
-    Strict: a missing, unexpected or misshapen tensor raises UserError naming it and both shapes.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder; expected one with config.json, model.safetensors and tokenizer.model")
-    config = config_from_hf(path / "config.json")
-    tokenizer = Tokenizer(path / "tokenizer.model")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{path}: config.json says {config.vocab_size} tokens, tokenizer.model has {tokenizer.vocab_size}")
-    with torch.device("meta"):
-        model = LLaMA(config)
-    expected = {name: p.shape for name, p in model.named_parameters()}  # a tied output layer is listed once
-    tensors = read_tensors(path / "model.safetensors")
-    state = {}
-    for name, shape in expected.items():
-        tensor = tensors.pop(hf_name(name), None)
-        if tensor is None:
-            raise UserError(f"{path}/model.safetensors: tensor {hf_name(name)} {list(shape)} is missing")
-        if tensor.shape != shape:
-            raise UserError(
-                f"{path}/model.safetensors: tensor {hf_name(name)} has shape {list(tensor.shape)}, expected {list(shape)}"
-            )
-        state[name] = tensor.to(device=device, dtype=dtype)
-    unexpected = [
-        n for n in tensors if not n.endswith("rotary_emb.inv_freq") and not (config.tie_embeddings and n == "lm_head.weight")
-    ]
-    if unexpected:
-        raise UserError(f"{path}/model.safetensors: unexpected tensor {unexpected[0]} {list(tensors[unexpected[0]].shape)}")
-    model.load_state_dict(state, assign=True, strict=not config.tie_embeddings)
-    model.tie()
-    return model.requires_grad_(False).eval(), tokenizer
 
 
 def save(model: LLaMA, tokenizer: Tokenizer, path: str | Path, *, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -111,7 +111,7 @@ def test_adapters_that_do_not_fit_are_refused(base_and_adapter, tmp_path):
     llama.save_file(tensors | {"odd": torch.zeros(1)}, weights)
     refused(r"unexpected tensor odd \[1\]")
     weights.write_bytes(b"")
-    refused("not a readable safetensors file")
+    refused("not a readable file of weights")
     weights.unlink()
     refused("no such file")
     llama.save_file(tensors, weights)

@@ -1,6 +1,5 @@
 """The model against transformers, the cache against no cache, strict loading, the tokenizer's segments."""
 
-import json
 import random
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from conftest import BASE, LLAMA_TOKENIZER, random_model
 
 import model as llama
-from model import KVCache, Tokenizer, UserError
+from model import KVCache, Tokenizer
 from tasks import METHODS, Addition, Primer
 
 SHAPES = [
@@ -113,84 +112,6 @@ def test_save_and_load(tokenizer, tmp_path):
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a.bfloat16().float(), b), name
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "temporary files left"
-
-
-def damage(folder, change):
-    """One kind of damage to a checkpoint folder."""
-    weights, config = folder / "model.safetensors", folder / "config.json"
-    tensors = llama.read_tensors(weights)
-    norm = "model.norm.weight"
-    match change:
-        case "no folder":
-            return folder / "nowhere"
-        case "a file":
-            return config
-        case "no config":
-            config.unlink()
-        case "no weights":
-            weights.unlink()
-        case "no tokenizer":
-            (folder / "tokenizer.model").unlink()
-        case "truncated":
-            weights.write_bytes(weights.read_bytes()[:-100])
-        case "lfs":
-            weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-        case "html":
-            (folder / "tokenizer.model").write_text("<!doctype html>")
-        case "not json":
-            config.write_text("{")
-        case "architecture":
-            config.write_text(config.read_text().replace("LlamaForCausalLM", "GPT2LMHeadModel"))
-        case "rope":
-            config.write_text(config.read_text().replace('"rope_theta"', '"rope_scaling": {"type": "yarn"}, "rope_theta"'))
-        case "key":
-            config.write_text(config.read_text().replace('"hidden_size"', '"size"'))
-        case "vocabulary":
-            config.write_text(config.read_text().replace('"vocab_size": 512', '"vocab_size": 500'))
-        case "missing":
-            del tensors[norm]
-        case "extra":
-            tensors["model.odd.weight"] = torch.zeros(2, 3)
-        case "shape":
-            tensors[norm] = torch.zeros(7)
-    if change in ("missing", "extra", "shape"):
-        llama.save_file(tensors, weights)
-    return folder
-
-
-DAMAGES = {
-    "no folder": "no such folder",
-    "a file": "no such folder",
-    "no config": "config.json: no such file",
-    "no weights": "no such file",
-    "no tokenizer": "tokenizer.model.*no such file",
-    "truncated": "not a readable safetensors file",
-    "lfs": "git-LFS pointer",
-    "html": "web page",
-    "not json": "not readable as JSON",
-    "architecture": "GPT2LMHeadModel.*expected 'LlamaForCausalLM'",
-    "rope": "yarn",
-    "key": "'hidden_size' is missing",
-    "vocabulary": "500 tokens.*has 512",
-    "missing": r"model.norm.weight \[32\] is missing",
-    "extra": r"unexpected tensor model.odd.weight \[2, 3\]",
-    "shape": r"model.norm.weight has shape \[7\], expected \[32\]",
-}
-
-
-@pytest.mark.parametrize("change", DAMAGES)
-def test_damaged_checkpoints_are_refused(change, small_base):
-    with pytest.raises(UserError, match=DAMAGES[change]) as e:
-        llama.load(damage(small_base, change))
-    assert "\n" not in str(e.value)
-
-
-def test_v5_config_keys(small_base):
-    path = small_base / "config.json"
-    c = json.loads(path.read_text())
-    del c["rope_theta"], c["torch_dtype"]
-    path.write_text(json.dumps(c | {"rope_parameters": {"rope_theta": 77.0, "rope_type": "default"}, "dtype": "float32"}))
-    assert llama.config_from_hf(path).rope_theta == 77.0
 
 
 def tokenizers():
