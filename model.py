@@ -406,8 +406,12 @@ class Tokenizer:
         return self.sp.encode("\n" + text)[len(self._prefix) :]
 
     def decode(self, ids: list[int]) -> str:
-        """Text of a segment that continues a context. Bytes that are not UTF-8 become U+FFFD."""
-        return self.sp.decode([self.newline_id, *ids])[1:]
+        """Text of a segment that continues a context. Bytes that are not UTF-8 become U+FFFD.
+
+        Ids beyond the tokenizer's (a model may have more embeddings than it has pieces) read as unknown.
+        """
+        known = [i if i < self.vocab_size else self.sp.unk_id() for i in ids]
+        return self.sp.decode([self.newline_id, *known])[1:]
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------
