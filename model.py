@@ -187,8 +187,11 @@ class Attention(nn.Module):
                 q = q.view(B, self.n_kv_heads, self.n_heads // self.n_kv_heads, self.head_dim)
                 y = F.scaled_dot_product_attention(q, k, v, attn_mask=cached.mask).view(B, self.n_heads, 1, self.head_dim)
             else:
-                gqa = self.n_heads != self.n_kv_heads
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=cached.mask, enable_gqa=gqa)
+                # The same for several: those of one key/value head are stacked along T, and so are their masks.
+                group = self.n_heads // self.n_kv_heads
+                q = q.reshape(B, self.n_kv_heads, group * T, self.head_dim)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=cached.mask.repeat(1, 1, group, 1))
+                y = y.view(B, self.n_heads, T, self.head_dim)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -344,6 +347,10 @@ class KVCache:
             self.lengths += n_new
         else:
             self.lengths[rows] += n_new
+
+    def shorten(self, n: Tensor, rows: Tensor | None) -> None:
+        """Forget the last n positions of each row."""
+        self.close(-n, rows)
 
     def take(self, row: int) -> tuple[Tensor, Tensor]:
         """A copy of a row's keys and values, [layers, K, length, hd] each: only the positions in use."""

@@ -40,6 +40,7 @@ class Frame:
     segments: list[Segment]  # given and written so far
     tokens: list[int]  # ids in the cache
     pending: list[int]  # ids to be fed next: a given segment, or the last token written
+    lookup: "Lookup"  # guesses what it writes next
     writing: list[int] = field(default_factory=list)  # ids of the segment being written
     saved: tuple[Tensor, Tensor] | None = None  # keys and values, while suspended
     ending: str | None = None
@@ -59,7 +60,9 @@ class Problem:
     n_frames: int = 0
     deepest: int = 0
     tokens_generated: int = 0  # written by the model, each end of a segment counted as one
-    tokens_forwarded: int = 0  # fed to it: prompts, returns and what it wrote, and what had to be fed again
+    tokens_forwarded: int = 0  # fed to it: prompts, returns, what it wrote, guesses, and what had to be fed again
+    tokens_guessed: int = 0  # guesses that were fed
+    tokens_accepted: int = 0  # those of them that the model wrote indeed
 
 
 @dataclass
@@ -68,6 +71,8 @@ class Limits:
     max_tokens: int = 200_000  # written for one problem, over all its frames
     cache_bytes: int = 2 * 1024**3  # keys and values, of live and suspended frames together
     batch: int = 128  # problems at once
+    draft: int = 7  # tokens guessed at once, to be checked in one forward pass; 0: none
+    draft_rows: int = 16  # guess only while no more problems than this are live: a full batch has better use for the time
 
 
 class Decoder:
@@ -88,6 +93,7 @@ class Decoder:
         on_segment: Callable[[Problem, Frame, Segment | None], None] | None = None,
     ):
         self.engine, self.tokenizer, self.limits = engine, tokenizer, limits or Limits()
+        self.draft = self.limits.draft if engine.greedy else 0
         self.keep_frames, self.on_segment = keep_frames, on_segment or (lambda *_: None)
         self.suspended: dict[int, Frame] = {}  # frames that hold a cache, by id, the oldest first
         self.suspended_bytes = 0
@@ -109,23 +115,49 @@ class Decoder:
             yield from self._ended(live)
             if not live:
                 continue
-            # Given segments (many tokens) go ahead of single tokens: the rows that only write would pay for the padding.
-            rows = [r for r, p in live.items() if len(p.stack[-1].pending) > 1] or list(live)
-            chunks = [live[r].stack[-1].pending for r in rows]
-            self._make_room(self.engine.nbytes_for(rows, chunks))
-            tokens = self.engine.feed(rows, chunks)
-            for row, token in zip(rows, tokens, strict=True):
-                problem, frame = live[row], live[row].stack[-1]
-                problem.tokens_generated += 1
-                problem.tokens_forwarded += len(frame.pending)
-                frame.tokens += frame.pending
-                if token == self.tokenizer.eos_id:
-                    frame.pending = []
-                    self._segment_written(row, problem)
-                else:
-                    frame.pending = [token]
-                    frame.writing.append(token)
+            self._step(live)
             yield from self._ended(live)
+
+    def _step(self, live: dict[int, Problem]) -> None:
+        """One forward pass: every live frame is fed some of what is given to it, or its last token and a guess at the next."""
+        draft = self.draft if len(live) <= self.limits.draft_rows else 0
+        rows, most = list(live), None
+        if draft and any(len(problem.stack[-1].pending) == 1 for problem in live.values()):
+            most = 1 + draft  # rows that write take few tokens: given segments are fed to the others piece by piece
+        elif not draft:
+            # Given segments go ahead of single tokens: the rows that only write would pay for the padding.
+            rows = [row for row, problem in live.items() if len(problem.stack[-1].pending) > 1] or rows
+        chunks, n_guessed, wanted = [], [], []
+        for row in rows:
+            problem, frame = live[row], live[row].stack[-1]
+            chunk, guess = frame.pending[:most], []
+            if len(chunk) == len(frame.pending) and most:
+                room = min(most, self.engine.max_seq_len - len(frame.tokens)) - len(chunk)
+                guess = frame.lookup.guess(min(room, self.limits.max_tokens - problem.tokens_generated - 1))
+            chunks.append(chunk + guess)
+            n_guessed.append(len(guess))
+            wanted.append(1 + len(guess) if len(chunk) == len(frame.pending) else 0)
+        self._make_room(self.engine.nbytes_for(rows, chunks))
+        for row, chunk, guessed, written_ids in zip(rows, chunks, n_guessed, self.engine.feed(rows, chunks, wanted), strict=True):
+            problem, frame = live[row], live[row].stack[-1]
+            problem.tokens_forwarded += len(chunk)
+            problem.tokens_guessed += guessed
+            n_given = len(chunk) - guessed
+            frame.tokens += frame.pending[:n_given]
+            frame.pending = frame.pending[n_given:]
+            if not written_ids:
+                continue  # there is more to be given
+            problem.tokens_generated += len(written_ids)
+            problem.tokens_accepted += len(written_ids) - 1
+            frame.tokens += written_ids[:-1]  # these are in the cache already; the last one is to be fed
+            if written_ids[-1] == self.tokenizer.eos_id:
+                frame.writing += written_ids[:-1]
+                frame.lookup.extend(written_ids[:-1])
+                self._segment_written(row, problem)
+            else:
+                frame.pending = [written_ids[-1]]
+                frame.writing += written_ids
+                frame.lookup.extend(written_ids)
 
     def _ended(self, live: dict[int, Problem]) -> Iterator[Problem]:
         """Take out the problems that have ended, and free their rows."""
@@ -138,7 +170,9 @@ class Decoder:
     def _push(self, row: int, problem: Problem, prompt: str) -> None:
         """A fresh context for a prompt: nothing of the caller's is in it."""
         self.engine.clear(row)
-        frame = Frame(len(problem.stack), [given(prompt)], [], self.tokenizer.start(prompt))
+        ids = self.tokenizer.start(prompt)
+        caller = problem.stack[-1].tokens if problem.stack else []  # for guesses only: what is fed is the prompt alone
+        frame = Frame(len(problem.stack), [given(prompt)], [], ids, Lookup([*caller, *ids]))
         problem.stack.append(frame)
         problem.n_frames += 1
         problem.deepest = max(problem.deepest, frame.depth)
@@ -194,6 +228,7 @@ class Decoder:
         """Append a given segment to a suspended context, on top of its own cache."""
         frame.segments.append(given(text))
         frame.pending = self.tokenizer.segment(text)
+        frame.lookup.extend(frame.pending)
         if frame.saved is not None:
             self.engine.put(row, frame.saved)
             self._forget(frame)
@@ -225,6 +260,36 @@ class Decoder:
         self._fail(problem, reason)
 
 
+class Lookup:
+    """Guesses what a frame writes next: what followed when the last few tokens occurred before (prompt-lookup decoding).
+
+    Most of what is written here is copied. A guess costs little where it is wrong, and changes no token: the model
+    checks all of it in one forward pass, and what it would have written itself is what counts.
+    """
+
+    SIZES = (6, 4, 3, 2)  # of the n-grams that are looked for, the longest first
+
+    def __init__(self, ids: list[int]):
+        self.ids: list[int] = []
+        self.after: dict[tuple[int, ...], int] = {}  # n-gram -> place after its latest occurrence that something follows
+        self.extend(ids)
+
+    def extend(self, ids: list[int]) -> None:
+        for token in ids:
+            for n in self.SIZES:  # these occurrences are followed by this token
+                if n <= len(self.ids):
+                    self.after[tuple(self.ids[-n:])] = len(self.ids)
+            self.ids.append(token)
+
+    def guess(self, n_tokens: int) -> list[int]:
+        if n_tokens > 0:
+            for n in self.SIZES:
+                place = self.after.get(tuple(self.ids[-n:]))
+                if place is not None:
+                    return self.ids[place : place + n_tokens]
+        return []
+
+
 def _nbytes(saved: tuple[Tensor, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in saved)
 
@@ -233,7 +298,7 @@ class Engine:
     """The model and the KV cache of the live frames, one a row. Greedy, unless temperature is above 0."""
 
     def __init__(self, model: LLaMA, *, temperature: float = 0.0, seed: int = 0):
-        self.model, self.temperature = model.eval(), temperature
+        self.model, self.temperature, self.greedy = model.eval(), temperature, temperature <= 0
         self.dtype = model.tok_embeddings.weight.dtype
         self.max_seq_len = model.config.max_seq_len
         self.generator = torch.Generator(device=model.device).manual_seed(seed)
@@ -274,27 +339,45 @@ class Engine:
         self.cache.put(row, saved)
 
     @torch.inference_mode()
-    def feed(self, rows: list[int], chunks: list[list[int]]) -> list[int]:
-        """Append chunks[i] to row rows[i]; return the token that the model then writes, for each row."""
+    def feed(self, rows: list[int], chunks: list[list[int]], wanted: list[int] | None = None) -> list[list[int]]:
+        """Append chunks[i] to row rows[i]; return the tokens that the model then writes there, for each row.
+
+        wanted[i] says at how many of the last places of the chunk: 0 if more is to be given, 1 (the default), or 1 + g if the
+        last g tokens are guesses. Of these only the ones that the model would have written are kept, with the token
+        that it writes after them.
+        """
         n_rows, device = len(self.cache.lengths), self.model.device
         T = max(map(len, chunks))
+        wanted = wanted or [1] * len(rows)
+        chunks_in, wanted_in = chunks, wanted
         whole = 2 * len(rows) > n_rows
-        chunks_in = chunks
         if whole:  # in the order of the rows; those with nothing to do are fed no tokens: cheaper than copying the others out
-            by_row = dict(zip(rows, chunks, strict=True))
-            chunks_in = [by_row.get(r, []) for r in range(n_rows)]
+            by_row = dict(zip(rows, zip(chunks, wanted, strict=True), strict=True))
+            chunks_in, wanted_in = zip(*(by_row.get(r, ([], 0)) for r in range(n_rows)), strict=True)
         tokens = torch.tensor([c + [0] * (T - len(c)) for c in chunks_in], device=device)
         n_new = torch.tensor([len(c) for c in chunks_in], device=device)
-        select = torch.arange(T, device=device) == (n_new - 1)[:, None]  # the last real token of each row
+        first = torch.tensor([len(c) - w for c, w in zip(chunks_in, wanted_in, strict=True)], device=device)
+        place = torch.arange(T, device=device)
+        select = (place >= first[:, None]) & (place < n_new[:, None])
         index = None if whole else torch.tensor(rows, device=device)
-        logits = self.model(tokens, cache=self.cache, rows=index, n_new=n_new, select=select).float()  # [len(rows), V]
-        if self.temperature <= 0:
-            chosen = logits.argmax(dim=-1)
+        logits = self.model(tokens, cache=self.cache, rows=index, n_new=n_new, select=select).float()  # [sum of wanted, V]
+        if self.greedy:
+            chosen = logits.argmax(dim=-1).tolist()
         else:
             logits = (logits - logits.max(dim=-1, keepdim=True).values) / self.temperature
-            chosen = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0]
-        by_row = dict(zip(sorted(rows) if whole else rows, chosen.tolist(), strict=True))
-        return [by_row[r] for r in rows]
+            chosen = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0].tolist()
+        results, rejected, start = [], [], 0
+        for chunk, w in zip(chunks_in, wanted_in, strict=True):
+            choices, guesses = chosen[start : start + w], chunk[len(chunk) - w + 1 :] if w else []
+            start += w
+            right = 0
+            while right < len(guesses) and choices[right] == guesses[right]:
+                right += 1
+            results.append(choices[: right + 1])
+            rejected.append(len(guesses) - right)
+        if any(rejected):
+            self.cache.shorten(torch.tensor(rejected, device=device), index)
+        return [results[r] for r in rows] if whole else results
 
 
 # --- the command line --------------------------------------------------------------------------------------------

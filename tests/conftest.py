@@ -44,7 +44,7 @@ class ScriptedEngine:
     """In place of recurse.Engine: contexts are lists of ids, and `write(ids so far)` gives the next one."""
 
     def __init__(self, write, max_seq_len: int = 100_000):
-        self.write, self.max_seq_len, self.nbytes = write, max_seq_len, 0
+        self.write, self.max_seq_len, self.nbytes, self.greedy = write, max_seq_len, 0, True
         self.fed = 0
 
     def reset(self, n_rows):
@@ -65,12 +65,21 @@ class ScriptedEngine:
     def put(self, row, saved):
         self.rows[row] = saved[0].tolist()
 
-    def feed(self, rows, chunks):
-        for row, chunk in zip(rows, chunks, strict=True):
+    def feed(self, rows, chunks, wanted=None):
+        results = []
+        for row, chunk, w in zip(rows, chunks, wanted or [1] * len(rows), strict=True):
             assert chunk, "a row was fed nothing"
-            self.rows[row] = self.rows[row] + chunk
             self.fed += len(chunk)
-        return [self.write(self.rows[row]) for row in rows]
+            n_given = len(chunk) - max(0, w - 1)
+            self.rows[row] = self.rows[row] + chunk[:n_given]
+            written = [self.write(self.rows[row])] if w else []
+            for guess in chunk[n_given:]:
+                if guess != written[-1]:
+                    break
+                self.rows[row] = [*self.rows[row], guess]
+                written.append(self.write(self.rows[row]))
+            results.append(written)
+        return results
 
 
 def perfect(tokenizer, method, task=Addition):

@@ -53,8 +53,8 @@ def test_greedy_text_equals_pefts():
             )[0].tolist()  # fmt: skip
         engine = Engine(model)
         engine.reset(1)
-        token, ours = engine.feed([0], [ids])[0], list(ids)
+        token, ours = engine.feed([0], [ids])[0][0], list(ids)
         while token != tokenizer.eos_id and len(ours) < len(ids) + 40:
             ours.append(token)
-            token = engine.feed([0], [[token]])[0]
+            token = engine.feed([0], [[token]])[0][0]
         assert tokenizer.decode(ours) == tokenizer.decode([t for t in out if t != tokenizer.eos_id])
