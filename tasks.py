@@ -8,6 +8,7 @@ problem is put to a model, and `judge` compares what came back with the oracle. 
 
 import hashlib
 import random
+import re
 from dataclasses import dataclass
 
 from model import UserError
@@ -178,38 +179,332 @@ class Addition:
         return found is not None and (found.lstrip("0") or "0") == Addition.oracle(p)
 
 
+def integers(text: str) -> tuple[int, ...] | None:
+    """The integers of a list written as Python writes it, `[3, -2, 5]`; None for anything else."""
+    if not (text.startswith("[") and text.endswith("]") and text.isascii()):
+        return None
+    items = text[1:-1].split(", ")
+    if not all(re.fullmatch(r"0|-?[1-9][0-9]{0,17}", item) for item in items):
+        return None
+    return tuple(map(int, items))
+
+
+class Parity:
+    """Parity of a list of bits: 1 if the number of ones is odd."""
+
+    name = "parity"
+    example = "What is the parity of [0, 1, 1]?"
+    train_lengths = range(1, 22)
+    ood_lengths = (10, 21, 30, 40, 50, 60, 80, 100)
+
+    @dataclass(frozen=True)
+    class Problem:
+        bits: tuple[int, ...]
+
+        @property
+        def length(self) -> int:
+            return len(self.bits)
+
+    @staticmethod
+    def from_json(fields: dict) -> "Parity.Problem":
+        bits = fields.get("bits")
+        if not (isinstance(bits, list) and bits and all(type(b) is int and b in (0, 1) for b in bits)):
+            raise UserError(f"parity: expected 'bits', a list of 0 and 1 that is not empty, found {bits!r:.60}")
+        return Parity.Problem(tuple(bits))
+
+    @staticmethod
+    def from_text(text: str) -> "Parity.Problem | None":
+        m = re.fullmatch(r"What is the parity of (\[.*\])\?", text)
+        bits = integers(m[1]) if m else None
+        return Parity.Problem(bits) if bits and set(bits) <= {0, 1} else None
+
+    @staticmethod
+    def held_out(p: "Parity.Problem") -> bool:
+        """Of lists of 5 bits and fewer there are too few to hold any out: a model has seen them all."""
+        return p.length > 5 and held_out(f"parity {p.bits}")
+
+    @staticmethod
+    def sample(rng: random.Random, length: int) -> "Parity.Problem":
+        while True:
+            p = Parity.Problem(tuple(rng.choices((0, 1), k=length)))
+            if length <= 5 or Parity.held_out(p):
+                return p
+
+    @staticmethod
+    def oracle(p: "Parity.Problem") -> str:
+        return str(sum(p.bits) % 2)
+
+    @staticmethod
+    def question(p: "Parity.Problem") -> str:
+        return f"What is the parity of {list(p.bits)}?"
+
+    @staticmethod
+    def prompt(p: "Parity.Problem", method: str) -> str:
+        return Parity.question(p) + (ANSWER if method == "baseline" else SOLUTION)
+
+    @staticmethod
+    def context(p: "Parity.Problem", method: str) -> Context:
+        start = given(Parity.prompt(p, method))
+        if method == "scratchpad":
+            running = [str(sum(p.bits[: k + 1]) % 2) for k in range(p.length)]
+            return [start, written(f"Compute one element at a time. {' '.join(running)}")]
+        if method == "baseline" or p.length == 1:
+            return [start, written(Parity.oracle(p))]
+        rest = Parity.Problem(p.bits[1:])
+        return [
+            start,
+            written(f"{CALL}{Parity.question(rest)}\n"),
+            given(returned(Parity.oracle(rest))),
+            written(Parity.oracle(p)),
+        ]
+
+    @staticmethod
+    def levels(p: "Parity.Problem", method: str) -> list["Parity.Problem"]:
+        n = p.length if method == "retuning" else 1
+        return [Parity.Problem(p.bits[k:]) for k in range(n)]
+
+    @staticmethod
+    def training_context(rng: random.Random, method: str) -> Context:
+        while True:
+            p = Parity.Problem(tuple(rng.choices((0, 1), k=rng.choice(Parity.train_lengths))))
+            if not Parity.held_out(p):
+                return Parity.context(p, method)
+
+    @staticmethod
+    def parse(text: str, method: str) -> str | None:
+        if method == "scratchpad":
+            steps = text.removeprefix("Compute one element at a time. ")
+            text = steps[-1:] if steps != text and re.fullmatch("[01]( [01])*", steps) else ""
+        return text if text in ("0", "1") else None
+
+    @staticmethod
+    def judge(p: "Parity.Problem", text: str, method: str) -> bool:
+        """By the answer alone; but a scratchpad that did not come to the last bit has none, and would be right half the time."""
+        if method == "scratchpad" and text.removeprefix("Compute one element at a time. ").count(" ") != p.length - 1:
+            return False
+        return Parity.parse(text, method) == Parity.oracle(p)
+
+
+class DP:
+    """The largest sum of a subsequence without neighbours (Dziri et al. 2023): every item is marked 1, taken, or 2.
+
+    A problem may take nothing, for a sum of 0. Of several best solutions the lexicographically smallest marks count.
+    In re-tuning a problem makes two calls: for the array of best sums of every suffix, then for the marks. Both are
+    recursive. Their prompts are problems of a kind of their own.
+    """
+
+    name = "dp"
+    example = "Compute the maximum sum of nonadjacent subsequences of [3, 2, 1]"
+    train_lengths = range(2, 6)
+    ood_lengths = (2, 3, 4, 5, 10, 15, 20, 30)
+    VALUES = range(-5, 6)
+
+    @dataclass(frozen=True)
+    class Problem:
+        items: tuple[int, ...]
+        kind: str = "whole"  # or "sums", or "marks"
+        can_use: bool = True  # of "marks": whether the item before was not taken
+
+        @property
+        def length(self) -> int:
+            return len(self.items)
+
+    @staticmethod
+    def from_json(fields: dict) -> "DP.Problem":
+        items = fields.get("items")
+        if not (isinstance(items, list) and items and all(type(i) is int and abs(i) < 10**9 for i in items)):
+            raise UserError(f"dp: expected 'items', a list of integers that is not empty, found {items!r:.60}")
+        return DP.Problem(tuple(items))
+
+    @staticmethod
+    def from_text(text: str) -> "DP.Problem | None":
+        """A whole problem, or what a level calls."""
+        for kind, opening in (("whole", "Compute the maximum sum of nonadjacent subsequences of "), ("sums", "Create dp array ")):
+            items = integers(text.removeprefix(opening))
+            if items and text.startswith(opening):
+                return DP.Problem(items, kind)
+        m = re.fullmatch(r"Create chosen indices array: sum array (.*), item array (.*), can use item (True|False)", text)
+        if m and (items := integers(m[2])) and integers(m[1]) == tuple(DP.sums(items)):
+            return DP.Problem(items, "marks", m[3] == "True")
+        return None
+
+    @staticmethod
+    def held_out(p: "DP.Problem") -> bool:
+        """By the list: all kinds of problem about it. Single items are all trained on."""
+        return p.length > 1 and held_out(f"dp {p.items}")
+
+    @staticmethod
+    def sample(rng: random.Random, length: int) -> "DP.Problem":
+        while True:
+            p = DP.Problem(tuple(rng.choices(DP.VALUES, k=length)))
+            if length == 1 or DP.held_out(p):
+                return p
+
+    @staticmethod
+    def sums(items: tuple[int, ...]) -> list[int]:
+        """The best sum of every suffix: max(leave the first, take it and leave its neighbour), never below 0."""
+        dp = [0, 0]
+        for item in reversed(items):
+            dp.insert(0, max(dp[0], item + dp[1], 0))
+        return dp[:-2]
+
+    @staticmethod
+    def marks(items: tuple[int, ...], can_use: bool = True) -> list[int]:
+        """1 for every item that is taken: if it can be, and a best sum takes it."""
+        dp, marks = [*DP.sums(items), 0, 0], []
+        for i, item in enumerate(items):
+            take = can_use and dp[i] == item + dp[i + 2]
+            marks.append(1 if take else 2)
+            can_use = not take
+        return marks
+
+    @staticmethod
+    def oracle(p: "DP.Problem") -> str:
+        return str(DP.sums(p.items) if p.kind == "sums" else DP.marks(p.items, p.can_use))
+
+    @staticmethod
+    def question(p: "DP.Problem") -> str:
+        items = list(p.items)
+        if p.kind == "whole":
+            return f"Compute the maximum sum of nonadjacent subsequences of {items}"
+        if p.kind == "sums":
+            return f"Create dp array {items}"
+        return f"Create chosen indices array: sum array {DP.sums(p.items)}, item array {items}, can use item {p.can_use}"
+
+    @staticmethod
+    def prompt(p: "DP.Problem", method: str) -> str:
+        return DP.question(p) + (ANSWER if method == "baseline" else SOLUTION)
+
+    @staticmethod
+    def callees(p: "DP.Problem") -> list["DP.Problem"]:
+        """The problems that a problem calls, in order."""
+        if p.kind == "whole":
+            return [DP.Problem(p.items, "sums"), DP.Problem(p.items, "marks")]
+        if p.length == 1:
+            return []
+        can_use = p.kind == "sums" or DP.marks(p.items, p.can_use)[0] == 2
+        return [DP.Problem(p.items[1:], p.kind, can_use)]
+
+    @staticmethod
+    def context(p: "DP.Problem", method: str) -> Context:
+        start = given(DP.prompt(p, method))
+        if method == "baseline":
+            return [start, written(DP.oracle(p))]
+        if method == "scratchpad":
+            return [start, written(DP.scratchpad(p))]
+        rule = "If there is only 1 item, return 1 if we should use it else 2."
+        callees = DP.callees(p)
+        if not callees:
+            text = "Return [0] if negative else element." if p.kind == "sums" else rule
+            return [start, written(f"{text}\nAnswer: {DP.oracle(p)}")]
+        before, after = {
+            "whole": ("", ""),
+            "sums": ("Call with array minus first element. ", "Append max(return[0], array[0] + return[1]) to return.\nAnswer: "),
+            "marks": (
+                f"{rule} If we should use the first item to get the sum, call False else True. ",
+                "Append 1 if False else 2.\nAnswer: ",
+            ),
+        }[p.kind]
+        context = [start]
+        for callee in callees:
+            context += [written(f"{before}{CALL}{DP.question(callee)}\n"), given(returned(DP.oracle(callee)))]
+        return [*context, written(after + DP.oracle(p))]
+
+    @staticmethod
+    def scratchpad(p: "DP.Problem") -> str:
+        """Every sum with its values put in, from the last to the first; then why each item is taken or not; then the marks."""
+        a, n = p.items, p.length
+        dp = [*DP.sums(a), 0, 0]
+        lines = []
+        for i in reversed(range(n)):
+            if i == n - 1:
+                lines.append(f"dp[{i}] = max(input[{i}], 0) = max({a[i]}, 0) = {dp[i]}")
+            elif i == n - 2:
+                lines.append(f"dp[{i}] = max(input[{i}], input[{i + 1}], 0) = max({a[i]}, {a[i + 1]}, 0) = {dp[i]}")
+            else:
+                put_in = f"max({dp[i + 1]}, {a[i]} + {dp[i + 2]}, 0)"
+                lines.append(f"dp[{i}] = max(dp[{i + 1}], input[{i}] + dp[{i + 2}], 0) = {put_in} = {dp[i]}")
+        for i, mark in enumerate(DP.marks(a)):
+            same = dp[i] == a[i] + dp[i + 2]
+            left, right = (f"input[{i}]", f"{a[i]}") if i >= n - 2 else (f"input[{i}] + dp[{i + 2}]", f"{a[i]} + {dp[i + 2]}")
+            sign = "==" if same else "!="
+            lines.append(
+                f"Since dp[{i}] {sign} {left} ({dp[i]} {sign} {right}) {'and' if mark == 1 else 'or'} can_use_next_item == "
+                f"{mark == 1}, we store output[{i}] = {mark}. We update can_use_next_item = {mark != 1}."
+            )
+        return "\n".join(lines) + f"\nReconstructing all together, output={DP.marks(a)}."
+
+    @staticmethod
+    def levels(p: "DP.Problem", method: str) -> list["DP.Problem"]:
+        """The problem and all that it calls, in the order of the calls."""
+        called = DP.callees(p) if method == "retuning" else []
+        return [p, *(level for callee in called for level in DP.levels(callee, method))]
+
+    @staticmethod
+    def training_context(rng: random.Random, method: str) -> Context:
+        """Every method sees lists of the same lengths; for retuning, levels of each kind, of each length about equally often."""
+        while True:
+            kind = rng.choice(("whole", "sums", "marks")) if method == "retuning" else "whole"
+            longest = DP.train_lengths[-1]
+            n = rng.randint(DP.train_lengths[0] if kind == "whole" else 1, longest)
+            can_use = kind != "marks" or rng.random() < 0.5
+            p = DP.Problem(tuple(rng.choices(DP.VALUES, k=n)), kind, can_use)
+            if not DP.held_out(p):
+                return DP.context(p, method)
+
+    @staticmethod
+    def parse(text: str, method: str) -> str | None:
+        """The list that is returned, or None."""
+        if method == "scratchpad":
+            text = text.rpartition("Reconstructing all together, output=")[2].removesuffix(".")
+        elif method == "retuning":
+            text = return_value(text)
+        items = integers(text)
+        return str(list(items)) if items else None
+
+    @staticmethod
+    def judge(p: "DP.Problem", text: str, method: str) -> bool:
+        return DP.parse(text, method) == DP.oracle(p)
+
+
 class Primer:
     """What the shipped base is trained on, in place of a web corpus: handling of text, and sums of single digits.
 
     A context gives one or two *records* (one or two sequences in some notation, joined by a delimiter or named), then asks for
-    operations by keyword. It holds no multi-digit addition, no parity and no dynamic programming.
+    operations by keyword. It holds no multi-digit addition, no parity and no dynamic programming. Every reply follows
+    from what is given: words straight before a sequence belong to its record, a colon ends those that do not.
     """
 
     name = "primer"
     WORDS = (
         "Solution Answer Return Call Output Carry Input Result Take Given Compute Value Array Item Name Start End State Data "
         "Row Text Alpha Beta Gamma What is the of in a to and for with this Sum List Number Step Next Left Right Create Use "
-        "Find Write Total Query Note Task Entry"
+        "Find Write Total Query Note Task Entry array item sum index True False can use parity maximum chosen"
     ).split()
     DIGITS, LETTERS = "0123456789", "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
     DELIMITERS = (" + ", " | ", " ; ", " - ", " and ", " / ", " * ", " to ")
     NOTATIONS = (("", "", ""), ("", " ", ""), ("", "-", ""), ("", ",", ""), ("(", " ", ")"), ("[", ", ", "]"))
+    # How often each operation is asked for, among those that a record allows.
+    OPERATIONS = {
+        "copy": 2, "rest": 4, "chop": 1, "prepend": 3, "append": 1, "cons": 5, "heads": 2, "lasts": 1, "pick": 1,
+        "field": 1, "swap": 1, "reverse": 1, "zip": 1, "grow": 1, "headsum": 2, "lastsum": 1, "topsum": 4,
+    }  # fmt: skip
 
-    def __init__(self, max_items: int = 128, sums: float = 0.0):
+    def __init__(self, max_items: int = 128):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
-        self.sums = sums  # share of contexts that drill sums of single digits
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
-        if self.sums and rng.random() < self.sums:
+        r = rng.random()
+        if r < 0.12:
             return self._sums(rng)
-        if rng.random() < 0.06:
+        if r < 0.18:
             return self._arithmetic(rng)
         record = self._record(rng, short=False)
         first, latest = record, record
         text, out = "", []
         noise = " ".join(rng.choices(self.WORDS, k=rng.choice((0, 0, 1, 1, 2, 4))))
-        head = f"{noise}{rng.choice((' ', ': '))}" if noise else ""
-        budget = 9 * self.max_items  # tokens, roughly: a context need not be longer than the longest task's
+        head = f"{noise}: " if noise else ""
+        budget = 8 * self.max_items  # tokens, roughly: a context need not be longer than the longest task's
         for step in range(rng.choice((1, 2, 2, 3, 4))):
             ask, reply = self._operation(rng, first, latest)
             label = rng.choice(self.WORDS) if rng.random() < 0.3 else ""
@@ -237,27 +532,32 @@ class Primer:
     class Record:
         fields: list[list[str]]  # items of each field
         names: list[str]  # a name for each field, or empty
-        delimiter: str
+        mark: str  # after a single named field
+        delimiter: str  # between fields without a name
         notation: tuple[str, str, str]
         alphabet: str
 
-        def write(self, fields: list[list[str]]) -> str:
+        def field(self, items: list[str]) -> str:
             opening, separator, closing = self.notation
-            texts = [opening + separator.join(items) + closing for items in fields]
+            return opening + separator.join(items) + closing
+
+        def write(self, fields: list[list[str]]) -> str:
+            texts = [self.field(items) for items in fields]
             if self.names:
-                return ", ".join(f"{name} {text}" for name, text in zip(self.names, texts, strict=True))
+                texts = [f"{name} {text}" for name, text in zip(self.names, texts, strict=True)]
+                return ", ".join(texts) + (self.mark if len(texts) == 1 else "")
             return self.delimiter.join(texts)
 
         @property
         def text(self) -> str:
             return self.write(self.fields)
 
-    def _length(self, rng: random.Random, cost: int) -> int:
+    def _length(self, rng: random.Random, cost: int = 1) -> int:
         longest = max(2, self.max_items // cost)
-        return rng.randint(1, longest) if rng.random() < 0.5 else int(longest ** rng.random())
+        return rng.randint(1, longest) if rng.random() < 0.35 else int((longest + 1) ** rng.random())
 
     def _items(self, rng: random.Random, alphabet: list[str], n: int) -> list[str]:
-        """n items; a third of the time of low entropy, since long runs and repeats are where copying by content fails."""
+        """n items; a third of the time of low entropy, since runs and repeats are where copying by content fails."""
         r = rng.random()
         if r < 0.66:
             return rng.choices(alphabet, k=n)
@@ -266,8 +566,9 @@ class Primer:
             return rng.choices(few, k=n)
         if r < 0.90:  # runs
             out: list[str] = []
+            longest = rng.choice((2, 3, 4, 8))
             while len(out) < n:
-                out += [rng.choice(alphabet)] * rng.randint(1, rng.choice((3, 8, 20)))
+                out += [rng.choice(alphabet)] * rng.randint(1, longest)
             return out[:n]
         block = rng.choices(alphabet, k=rng.randint(2, 6))
         out = (block * n)[:n]
@@ -294,7 +595,7 @@ class Primer:
             "marks": ["1", "2"],
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
-        cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3 + (alphabet == "integers")
+        cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
         count = 1 if short else rng.choice((1, 2, 2))
         n = self._length(rng, cost)
         lengths = [n if rng.random() < 0.8 else self._length(rng, cost) for _ in range(count)]
@@ -303,111 +604,102 @@ class Primer:
         if rng.random() < 0.3:  # named; often a short field before a long one
             if rng.random() < 0.5:
                 fields = [[rng.choice(symbols)], fields[-1]]
-            names = rng.sample(self.WORDS, len(fields))
-        return Primer.Record(fields, names, rng.choice(self.DELIMITERS) if rng.random() < 0.6 else " + ", notation, alphabet)
+            longest = 4 if len(fields) == 1 else 2
+            names = [" ".join(rng.choices(self.WORDS, k=rng.randint(1, rng.randint(1, longest)))) for _ in fields]
+        delimiter = rng.choice(self.DELIMITERS) if rng.random() < 0.6 else " + "
+        return Primer.Record(fields, names, rng.choice(("", "", "?")), delimiter, notation, alphabet)
 
     def _operation(self, rng: random.Random, first: "Primer.Record", r: "Primer.Record") -> tuple[str, str]:
-        """(keyword, result). All but `cons` are about the latest record."""
+        """(keyword, result). `cons` and `topsum` are about the first record as well, all others about the latest alone."""
         f = r.fields
-        two = len(f) == 2
-        all_digits = all(len(x) == 1 and x in self.DIGITS for x in (f[0][0], f[-1][0]))
-        ops = [
-            "copy",
-            "rest",
-            "rest",
-            "rest",
-            "chop",
-            "prepend",
-            "prepend",
-            "append",
-            "heads",
-            "lasts",
-            "pick",
-            "reverse",
-        ]
-        if two:
-            ops += ["field", "swap", "zip"]
-            if all_digits:
-                ops += ["headsum", "headsum", "lastsum"]
-        if first is not r and first.notation == r.notation:
-            ops += ["cons"] * 4
-        if len(f[-1]) <= 16:
-            ops += ["grow", "grow"]
-        op = rng.choice(ops)
+        longest = max(map(len, f))
+        digits = {id(x): all(len(field[0]) == 1 and field[0] in self.DIGITS for field in x.fields) for x in (first, r)}
+        allowed = {
+            "rest": min(map(len, f)) > 1 or r.notation[0] != "",  # nothing that is left is written as nothing
+            "chop": min(map(len, f)) > 1 or r.notation[0] != "",
+            "cons": first is not r and first.notation == r.notation,
+            "field": len(f) == 2,
+            "swap": len(f) == 2,
+            "reverse": longest <= 32,
+            "zip": len(f) == 2 and longest <= 24,
+            "grow": len(f[-1]) <= 16,
+            "headsum": len(f) == 2 and digits[id(r)],
+            "lastsum": len(f) == 2 and digits[id(r)],
+            "topsum": first is not r and len(first.fields) == 2 and digits[id(first)],
+        }
+        weights = {op: w for op, w in self.OPERATIONS.items() if allowed.get(op, True)}
+        (op,) = rng.choices(list(weights), list(weights.values()))
         if op == "copy":
-            return "copy", r.text
+            return op, r.text
         if op == "rest":
-            return "rest", r.write([x[1:] for x in f])
+            return op, r.write([x[1:] for x in f])
         if op == "chop":
-            return "chop", r.write([x[:-1] for x in f])
+            return op, r.write([x[:-1] for x in f])
         if op == "reverse":
-            return "reverse", r.write([x[::-1] for x in f])
+            return op, r.write([x[::-1] for x in f])
         if op in ("prepend", "append"):
             x = rng.choice(f[-1])
             new = [x, *f[-1]] if op == "prepend" else [*f[-1], x]
             return f"{op} {x}", r.write([*f[:-1], new])
         if op == "cons":
-            return "cons", r.write([*f[:-1], [first.fields[0][0], *f[-1]]])
+            return op, r.write([*f[:-1], [first.fields[0][0], *f[-1]]])
         if op == "heads":
-            return "heads", " ".join(x[0] for x in f)
+            return op, " ".join(x[0] for x in f)
         if op == "lasts":
-            return "lasts", " ".join(x[-1] for x in f)
+            return op, " ".join(x[-1] for x in f)
         if op == "pick":
-            k, side = rng.randint(1, min(20, *map(len, f))), rng.choice(("left", "right"))
+            k, side = rng.randint(1, min(8, *map(len, f))), rng.choice(("left", "right"))
             return f"pick {k} {side}", " ".join(x[k - 1] if side == "left" else x[-k] for x in f)
         if op == "field":
             k = rng.choice((0, 1))
-            opening, separator, closing = r.notation
-            return f"field {k + 1}", opening + separator.join(f[k]) + closing
+            return f"field {k + 1}", r.field(f[k])
         if op == "swap":
-            swapped = Primer.Record(f[::-1], r.names[::-1], r.delimiter, r.notation, r.alphabet)
-            return "swap", swapped.text
+            return op, Primer.Record(f[::-1], r.names[::-1], r.mark, r.delimiter, r.notation, r.alphabet).text
         if op == "zip":
             side = rng.choice(("left", "right"))
             a, b = f if side == "left" else (f[0][::-1], f[1][::-1])
-            return f"zip {side}", " ".join(x + y for x, y in zip(a[:40], b[:40], strict=False))
-        if op in ("headsum", "lastsum"):
-            x, y = (f[0][0], f[1][0]) if op == "headsum" else (f[0][-1], f[1][-1])
-            carry = rng.choice((0, 1))
-            total = int(x) + int(y) + carry
-            return f"{op} {carry}", f"{total // 10} {total % 10}"
-        # grow: all suffixes, the shortest first, a line each
-        opening, separator, closing = r.notation
-        return "grow", "\n".join(opening + separator.join(f[-1][-k:]) + closing for k in range(1, len(f[-1]) + 1))
+            return f"zip {side}", " ".join(x + y for x, y in zip(a, b, strict=False))
+        if op == "grow":  # all suffixes, the shortest first, a line each
+            return op, "\n".join(r.field(f[-1][-k:]) for k in range(1, len(f[-1]) + 1))
+        x, y = [field[-1 if op == "lastsum" else 0] for field in (first if op == "topsum" else r).fields]
+        carry = rng.randint(0, 1)
+        return f"{op} {carry}", self._sum(x, y, carry)
 
-    def _arithmetic(self, rng: random.Random) -> Context:
-        """Sums of single digits with a carry; sums, maxima and order of small integers."""
-        out: Context = []
-        for i in range(rng.randint(1, 8)):
-            kind = rng.choice(("digits", "digits", "add", "max", "less"))
-            a, b, c = rng.randint(-9, 20), rng.randint(-9, 20), rng.randint(0, 1)
-            if kind == "digits":
-                a, b = a % 10, b % 10
-                ask, reply = f"sum {a} {b} {c}", f"{(a + b + c) // 10} {(a + b + c) % 10}"
-            elif kind == "add":
-                ask, reply = f"add {a} {b}", str(a + b)
-            elif kind == "max":
-                ask, reply = f"max {a} {b}", str(max(a, b))
-            else:
-                ask, reply = f"less {a} {b}", str(a < b)
-            out += [given(("\n" if i else "") + ask + ": "), written(reply)]
-        return out
+    @staticmethod
+    def _sum(x: str, y: str, carry: int) -> str:
+        return "{} {}".format(*divmod(int(x) + int(y) + carry, 10))
 
     def _sums(self, rng: random.Random) -> Context:
-        """Sums of two digits and a carry; half of them of the first digits of two sequences."""
+        """Sums of two digits and a carry: of the digits themselves, or of the first or last digits of two sequences."""
         out: Context = []
-        for i in range(rng.randint(1, 16)):
-            x, y, carry = rng.choice(self.DIGITS), rng.choice(self.DIGITS), rng.randint(0, 1)
-            ask = f"sum {x} {y} {carry}: "
+        for i in range(rng.randint(1, 12)):
+            kind, carry = rng.choice(("sum", "headsum", "headsum", "lastsum")), rng.randint(0, 1)
+            length = 1 if kind == "sum" else min(12, self._length(rng))
+            a, b = ("".join(rng.choices(self.DIGITS, k=length)) for _ in range(2))
+            if kind == "sum":
+                ask = f"sum {a} {b} {carry}: "
+            else:
+                ask = f"{a}{rng.choice(self.DELIMITERS)}{b}\n{kind} {carry}: "
+            reply = self._sum(*((a[-1], b[-1]) if kind == "lastsum" else (a[0], b[0])), carry)
+            out += [given(("\n" if i else "") + ask), written(reply)]
+        return out
+
+    def _arithmetic(self, rng: random.Random) -> Context:
+        """A small integer added to another one; maxima and order of integers."""
+        out: Context = []
+        for i in range(rng.randint(1, 12)):
+            kind = rng.choice(("add", "add", "max", "less"))
+            a, b = rng.randint(-9, 9), rng.randint(-9, rng.choice((9, 30, 100)))
+            if kind != "add" and rng.random() < 0.5:
+                a = b + rng.randint(-3, 3)  # hard to tell apart
             if rng.random() < 0.5:
-                a, b = (d + "".join(rng.choices(self.DIGITS, k=rng.randint(0, 12))) for d in (x, y))
-                ask = f"{a}{rng.choice(self.DELIMITERS)}{b}\nheadsum {carry}: "
-            carry, digit = divmod(int(x) + int(y) + carry, 10)
-            out += [given(("\n" if i else "") + ask), written(f"{carry} {digit}")]
+                a, b = b, a
+            reply = str({"add": a + b, "max": max(a, b), "less": a < b}[kind])
+            out += [given(("\n" if i else "") + f"{kind} {a} {b}: "), written(reply)]
         return out
 
 
-TASKS = {task.name: task for task in (Addition,)}
+TASKS = {task.name: task for task in (Addition, DP, Parity)}
 
 
 def tokenizer_corpus(seed: int = 0) -> list[str]:
@@ -417,7 +709,7 @@ def tokenizer_corpus(seed: int = 0) -> list[str]:
     for max_items in (4, 8, 16):
         for _ in range(4000):
             lines += "".join(s.text for s in Primer(max_items).training_context(rng)).split("\n")
-    lines += TEMPLATES * 300
+    lines += TEMPLATES * 1500
     # Sentencepiece puts a space before each line, but after a newline a word has none: show it such words too.
     lines += [f"={word}: " for word in ("Solution", "Return", "Answer", "Call", "Carry")] * 2000
     lines += ["".join(chr(c) for c in range(33, 127))] * 50

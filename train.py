@@ -46,11 +46,11 @@ TINY = dict(dim=192, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=48, hidden_di
 class TrainConfig:
     """Train an adapter (or, with --full, a whole model) on one task by one method."""
 
-    task: Literal["addition", "primer"] = "addition"
+    task: Literal["addition", "dp", "parity", "primer"] = "addition"
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
-    preset: Literal["tiny", "paper", "base", "base2"] = "tiny"
-    """defaults for: the shipped base; a 7B or 13B LLaMA, as in the paper's release; training the shipped base, in two stages"""
+    preset: Literal["tiny", "paper", "base"] = "tiny"
+    """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the shipped base itself"""
     base: Path = Path("checkpoints/tiny")
     """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
     out: Path = Path("runs")
@@ -87,8 +87,8 @@ class TrainConfig:
 
     stretch: float = 8.0
     """up to which factor positions are stretched in training (1: not at all), see `stretch`"""
-    sums: float = 0.0
-    """share of primer contexts that drill sums of single digits"""
+    stretch_end: float = 8.0
+    """what that factor falls to over the second half of the run"""
     replay: float = 0.1
     """share of primer contexts among the examples, so that what the base can do at greater lengths is kept"""
 
@@ -106,16 +106,11 @@ PRESETS: dict[str, dict] = {
     "paper": dict(
         rank=64, alpha=64.0, dropout=0.05, targets=("wq", "wk", "wv", "wo"), lr=2e-4, warmup=1, decay=0.0, clip=10.0,
         weight_decay=0.01, batch_size=128, steps=3906, gradient_checkpointing=True, base_dtype="bfloat16",
-        stretch=1.0, replay=0.0,
+        stretch=1.0, stretch_end=1.0, replay=0.0,
     ),
     "base": dict(
-        task="primer", full=True, from_scratch=True, steps=2100, batch_size=64, lr=2e-3, warmup=100, decay=1 / 3,
-        weight_decay=0.01, replay=0.0, save_every=100,
-    ),
-    # The second stage of the shipped base, as the first had left sums of single digits half learned.
-    "base2": dict(
-        task="primer", full=True, sums=0.75, steps=280, batch_size=48, lr=1e-3, warmup=20, decay=0.8,
-        weight_decay=0.01, replay=0.0, save_every=100,
+        task="primer", full=True, from_scratch=True, steps=4500, batch_size=32, lr=2e-3, warmup=100, decay=0.5,
+        weight_decay=0.01, replay=0.0,
     ),
 }  # fmt: skip
 
@@ -168,7 +163,7 @@ def stretch(example: Example, is_boundary: list[bool], rng: random.Random, facto
         return
     n = len(example.tokens)
     scale = factor ** rng.random()
-    if r < 0.9:
+    if r < 0.95:
         jump = rng.choice((0.0, 0.0, 4.0, 16.0, 64.0))
         position, positions = 0.0, []
         for token in example.tokens:
@@ -180,8 +175,8 @@ def stretch(example: Example, is_boundary: list[bool], rng: random.Random, facto
 
 
 def primer_items(progress: float, longest: int = 128) -> int:
-    """Curriculum of the primer: sequences of 8 items at first, of up to 128 in the last third of the run."""
-    return int(8 * (longest / 8) ** min(1.0, progress * 1.5))
+    """Curriculum of the primer: sequences of 8 items at first, of up to 128 in the second half of the run."""
+    return int(8 * (longest / 8) ** min(1.0, progress * 2))
 
 
 class Data:
@@ -194,7 +189,7 @@ class Data:
     def step(self, step: int) -> list[Example]:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
-        primer = Primer(primer_items(step / self.c.steps) if self.c.from_scratch else 128, self.c.sums)
+        primer = Primer(primer_items(step / self.c.steps) if self.c.from_scratch else 128)
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 context = primer.training_context(rng)
@@ -203,8 +198,10 @@ class Data:
             else:
                 context = TASKS[self.c.task].training_context(rng, self.c.method)
             examples.append(self.encode(context))
+        late = max(0.0, 2 * step / self.c.steps - 1)
+        factor = self.c.stretch ** (1 - late) * self.c.stretch_end**late
         for example in examples:
-            stretch(example, self.is_boundary, rng, self.c.stretch)
+            stretch(example, self.is_boundary, rng, factor)
         return examples
 
     def encode(self, context: Context) -> Example:
@@ -554,7 +551,7 @@ def check(c: TrainConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
     ranges = {
         "lr": (0, 1e3), "warmup": (0, 1e9), "decay": (0, 1), "weight_decay": (0, 1), "clip": (0, math.inf), "alpha": (0, 1e6),
-        "dropout": (0, 0.99), "stretch": (1, 1e6), "replay": (0, 1), "seed": (0, 2**62),
+        "dropout": (0, 0.99), "stretch": (1, 1e6), "stretch_end": (1, 1e6), "replay": (0, 1), "seed": (0, 2**62),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:

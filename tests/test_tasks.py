@@ -1,5 +1,6 @@
 """Addition's oracle, text formats, sampling and judging; what the primer does not hold."""
 
+import itertools
 import random
 import re
 from collections import Counter
@@ -7,7 +8,7 @@ from collections import Counter
 import pytest
 
 from model import UserError
-from tasks import METHODS, TASKS, Addition, Primer, Segment, held_out, return_value
+from tasks import DP, METHODS, TASKS, Addition, Parity, Primer, Segment, held_out, integers, return_value
 
 
 def marked(context):
@@ -27,6 +28,114 @@ def test_the_papers_formats():
         "9999 + 0001⏎Solution: *Carry 1, Output 0⏎Carry 1, Output 00⏎Carry 1, Output 000⏎Carry 1, Output 0000*"
     )
     assert marked(Addition.context(p, "baseline")) == "9999 + 0001⏎Answer: *10000*"
+
+
+def test_the_papers_formats_of_parity_and_dp():
+    p = Parity.Problem((0, 1, 1))
+    assert marked(Parity.context(p, "retuning")) == (
+        "What is the parity of [0, 1, 1]?⏎Solution: *Call: What is the parity of [1, 1]?⏎*Return: 0⏎Answer: *0*"
+    )
+    assert marked(Parity.context(Parity.Problem((1,)), "retuning")) == "What is the parity of [1]?⏎Solution: *1*"
+    assert marked(Parity.context(p, "scratchpad")) == (
+        "What is the parity of [0, 1, 1]?⏎Solution: *Compute one element at a time. 0 1 0*"
+    )
+    assert marked(Parity.context(p, "baseline")) == "What is the parity of [0, 1, 1]?⏎Answer: *0*"
+    whole, sums, _, one, marks, *_, last = DP.levels(DP.Problem((3, 2, 1)), "retuning")
+    assert marked(DP.context(whole, "retuning")) == (
+        "Compute the maximum sum of nonadjacent subsequences of [3, 2, 1]⏎Solution: *Call: Create dp array [3, 2, 1]⏎*"
+        "Return: [4, 2, 1]⏎Answer: *Call: Create chosen indices array: sum array [4, 2, 1], item array [3, 2, 1], "
+        "can use item True⏎*Return: [1, 2, 1]⏎Answer: *[1, 2, 1]*"
+    )
+    assert marked(DP.context(sums, "retuning")) == (
+        "Create dp array [3, 2, 1]⏎Solution: *Call with array minus first element. Call: Create dp array [2, 1]⏎*Return: [2, 1]⏎"
+        "Answer: *Append max(return[0], array[0] + return[1]) to return.⏎Answer: [4, 2, 1]*"
+    )
+    assert marked(DP.context(one, "retuning")) == (
+        "Create dp array [1]⏎Solution: *Return [0] if negative else element.⏎Answer: [1]*"
+    )
+    rule = "If there is only 1 item, return 1 if we should use it else 2."
+    assert marked(DP.context(marks, "retuning")) == (
+        "Create chosen indices array: sum array [4, 2, 1], item array [3, 2, 1], can use item True⏎Solution: "
+        f"*{rule} If we should use the first item to get the sum, call False else True. "
+        "Call: Create chosen indices array: sum array [2, 1], item array [2, 1], can use item False⏎*"
+        "Return: [2, 1]⏎Answer: *Append 1 if False else 2.⏎Answer: [1, 2, 1]*"
+    )
+    assert marked(DP.context(last, "retuning")).endswith(f"⏎Solution: *{rule}⏎Answer: [1]*")
+
+
+def by_brute_force(items):
+    """(marks, sum) by trying every choice: the largest sum, then the smallest marks."""
+    allowed = [m for m in itertools.product((1, 2), repeat=len(items)) if (1, 1) not in zip(m, m[1:], strict=False)]
+    total = {m: sum(i for i, mark in zip(items, m, strict=True) if mark == 1) for m in allowed}
+    best = min(allowed, key=lambda m: (-total[m], m))
+    return list(best), total[best]
+
+
+def check_dp(items):
+    marks, total = by_brute_force(items)
+    p = DP.Problem(items)
+    assert DP.oracle(p) == str(marks)
+    sums = integers(DP.oracle(DP.Problem(items, "sums")))
+    assert sums[0] == total
+    for method in METHODS:
+        assert DP.judge(p, DP.context(p, method)[-1].text, method)
+    return p
+
+
+def test_dp_agrees_with_brute_force():
+    """On all lists of up to 4 items, and on longer random ones. (All of 5 items: `python tests/test_tasks.py`.)"""
+    for n in range(1, 5):
+        for items in itertools.product(DP.VALUES, repeat=n):
+            check_dp(items)
+    rng = random.Random(0)
+    for _ in range(300):
+        check_dp(tuple(rng.choices(DP.VALUES, k=rng.randint(5, 10))))
+
+
+def test_parity_agrees_with_xor():
+    rng = random.Random(0)
+    for _ in range(10_000):
+        bits = tuple(rng.choices((0, 1), k=rng.randint(1, 100)))
+        expected = 0
+        for bit in bits:
+            expected ^= bit
+        p = Parity.Problem(bits)
+        assert Parity.oracle(p) == str(expected)
+        for method in METHODS:
+            assert Parity.judge(p, Parity.context(p, method)[-1].text, method)
+
+
+@pytest.mark.parametrize("task", [DP, Parity], ids=["dp", "parity"])
+def test_training_problems_of_dp_and_parity(task):
+    """No longer than the training lengths; those held out for evaluation are never among them, at any level."""
+    rng, lengths = random.Random(0), Counter()
+    for method in METHODS:
+        for _ in range(3000):
+            text = re.split("\n(?:Solution|Answer): ", task.training_context(rng, method)[0].text)[0]
+            p = task.from_text(text)
+            lengths[p.length] += 1
+            assert not task.held_out(p)
+    assert max(lengths) == task.train_lengths[-1] and min(lengths) == 1
+    for length in (task.train_lengths[-1], 30):
+        assert all(task.held_out(task.sample(rng, length)) for _ in range(50))
+
+
+def test_judging_parity_and_dp():
+    p = Parity.Problem((0, 1, 1))
+    for text in ("", "1", "00", "2", "0 ", "zero"):
+        assert not Parity.judge(p, text, "retuning"), text
+    steps = "Compute one element at a time. "
+    for text in ("0", "0 1 0", f"{steps}0", f"{steps}0 1 1", steps, f"{steps}0  0"):
+        assert not Parity.judge(p, text, "scratchpad"), text
+    p = DP.Problem((3, 2, 1))
+    for text in ("", "[1, 2, 2]", "1, 2, 1", "[1,2,1]", "[1, 2, 1", "[1, 2, 1] ", "[1, 2, 01]"):
+        assert not DP.judge(p, text, "retuning"), text
+    for fields in ({}, {"bits": []}, {"bits": [0, 2]}, {"bits": [True]}, {"bits": "011"}):
+        with pytest.raises(UserError, match="parity: "):
+            Parity.from_json(fields)
+    for fields in ({}, {"items": []}, {"items": [1.5]}, {"items": "321"}):
+        with pytest.raises(UserError, match="dp: "):
+            DP.from_json(fields)
 
 
 def schoolbook(a: str, b: str) -> str:
@@ -134,7 +243,7 @@ def test_the_primer_holds_no_instance_of_a_task():
     for _ in range(3000):
         context = Primer(40).training_context(rng)
         whole = "".join(s.text for s in context)
-        assert not re.search(r"parity|subsequence|dp array|Solution: Call: ", whole)
+        assert not re.search(r"is the parity of|subsequence|dp array|Solution: Call: ", whole)
         for ask, reply in zip(context[::2], context[1::2], strict=True):
             asked = {int(x) for x in re.findall(r"\d{4,}", ask.text) if len(set(x)) > 4}  # 111 + 111 is no sum
             sums = {a + b for a in asked for b in asked}
@@ -154,3 +263,9 @@ def test_every_task_has_the_interface():
         for method in METHODS:
             for q in task.levels(p, method):
                 assert any(s.written for s in task.context(q, method))
+
+
+if __name__ == "__main__":
+    for five in itertools.product(DP.VALUES, repeat=5):
+        check_dp(five)
+    print(f"all {len(DP.VALUES) ** 5:,} lists of 5 items agree with brute force")
