@@ -33,7 +33,7 @@ class EvalConfig:
 
     ood: bool = False
     """out of distribution: lengths beyond training, and the far end of the training lengths for comparison"""
-    task: Literal["addition", "dp", "parity"] | None = None
+    task: Literal[tuple(TASKS)] | None = None
     """one task only"""
     method: Literal["baseline", "scratchpad", "retuning"] | None = None
     """one method only"""

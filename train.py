@@ -46,7 +46,7 @@ TINY = dict(dim=192, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=48, hidden_di
 class TrainConfig:
     """Train an adapter (or, with --full, a whole model) on one task by one method."""
 
-    task: Literal["addition", "dp", "parity", "primer"] = "addition"
+    task: Literal[(*TASKS, "primer")] = "addition"
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
     preset: Literal["tiny", "paper", "base"] = "tiny"
