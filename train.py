@@ -69,7 +69,7 @@ class TrainConfig:
     targets: tuple[str, ...] = lora.LAYERS
     """linear layers that get an adapter, by Meta's names"""
 
-    steps: int = 800
+    steps: int = 1200
     """optimizer steps"""
     batch_size: int = 32
     """contexts per step"""
@@ -87,8 +87,6 @@ class TrainConfig:
 
     stretch: float = 8.0
     """up to which factor positions are stretched in training (1: not at all), see `stretch`"""
-    stretch_end: float = 8.0
-    """what that factor falls to over the second half of the run"""
     replay: float = 0.1
     """share of primer contexts among the examples, so that what the base can do at greater lengths is kept"""
 
@@ -106,7 +104,7 @@ PRESETS: dict[str, dict] = {
     "paper": dict(
         rank=64, alpha=64.0, dropout=0.05, targets=("wq", "wk", "wv", "wo"), lr=2e-4, warmup=1, decay=0.0, clip=10.0,
         weight_decay=0.01, batch_size=128, steps=3906, gradient_checkpointing=True, base_dtype="bfloat16",
-        stretch=1.0, stretch_end=1.0, replay=0.0,
+        stretch=1.0, replay=0.0,
     ),
     "base": dict(
         task="primer", full=True, from_scratch=True, steps=4500, batch_size=32, lr=2e-3, warmup=100, decay=0.5,
@@ -198,10 +196,8 @@ class Data:
             else:
                 context = TASKS[self.c.task].training_context(rng, self.c.method)
             examples.append(self.encode(context))
-        late = max(0.0, 2 * step / self.c.steps - 1)
-        factor = self.c.stretch ** (1 - late) * self.c.stretch_end**late
         for example in examples:
-            stretch(example, self.is_boundary, rng, factor)
+            stretch(example, self.is_boundary, rng, self.c.stretch)
         return examples
 
     def encode(self, context: Context) -> Example:
@@ -551,7 +547,7 @@ def check(c: TrainConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
     ranges = {
         "lr": (0, 1e3), "warmup": (0, 1e9), "decay": (0, 1), "weight_decay": (0, 1), "clip": (0, math.inf), "alpha": (0, 1e6),
-        "dropout": (0, 0.99), "stretch": (1, 1e6), "stretch_end": (1, 1e6), "replay": (0, 1), "seed": (0, 2**62),
+        "dropout": (0, 0.99), "stretch": (1, 1e6), "replay": (0, 1), "seed": (0, 2**62),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:
