@@ -25,15 +25,16 @@ def test_adapters_belong_to_the_base(method):
 
 
 def test_the_shipped_adapter_adds_numbers_longer_than_any_it_has_seen():
-    """At least 18 of 20 held-out 20-digit problems; training stopped at 15 digits."""
+    """At least 18 of 20 held-out 20-digit problems, others each time; training stopped at 15 digits."""
     model, tokenizer = llama.load(BASE)
     lora.load_adapter(model, BASE / "adapters/addition-retuning")
     lora.merge(model)
-    rng = random.Random("shipped")  # the same problems each time: a test that fails by chance is no test
+    seed = random.SystemRandom().randrange(10**9)
+    rng = random.Random(seed)
     problems = [Addition.sample(rng, 20) for _ in range(20)]
     results = Decoder(Engine(model), tokenizer).solve([Addition.prompt(p, "retuning") for p in problems])
     right = sum(r.ending == "answer" and Addition.judge(problems[r.index], r.text, "retuning") for r in results)
-    assert right >= 18
+    assert right >= 18, f"{right} of 20 right; the problems' seed was {seed}"
 
 
 def test_greedy_text_equals_pefts():
