@@ -23,7 +23,7 @@ from tqdm import tqdm
 import lora
 import model as llama
 from model import UserError
-from recurse import Decoder, Engine, Limits, load_solver
+from recurse import Decoder, Engine, Limits, load_solver, most_tokens
 from tasks import METHODS, TASKS
 
 
@@ -170,13 +170,6 @@ class Partial:
         self.file.flush()
 
 
-def most_tokens(cell: Cell, tokenizer: llama.Tokenizer) -> int:
-    """Twice what the oracle would write: a problem that takes more has gone astray, and would go on to the end of its context."""
-    task, p = TASKS[cell.task], cell.problems[0]
-    segments = (s for level in task.levels(p, cell.method) for s in task.context(level, cell.method) if s.written)
-    return 100 + 2 * sum(len(tokenizer.segment(s.text)) + 1 for s in segments)
-
-
 def run_cell(cell: Cell, key: str, decoder: Decoder, partial: Partial) -> Iterator[dict]:
     """Decode the problems of a cell that are not done yet; yields a record a problem."""
     task = TASKS[cell.task]
@@ -230,7 +223,7 @@ def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
                 model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
                 limits = Limits(cache_bytes=int(c.cache_gib * 1024**3), batch=c.batch)
                 decoder, loaded = Decoder(Engine(model), tokenizer, limits), cell.adapter
-            decoder.limits.max_tokens = most_tokens(cell, tokenizer)
+            decoder.limits.max_tokens = most_tokens(TASKS[cell.task], cell.problems[0], cell.method, tokenizer)
             for record in run_cell(cell, key, decoder, partial):
                 done.append(record)
                 right = sum(r["correct"] for r in done)

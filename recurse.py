@@ -380,6 +380,12 @@ class Engine:
         return [results[r] for r in rows] if whole else results
 
 
+def most_tokens(task, problem, method: str, tokenizer: Tokenizer) -> int:
+    """Twice what the oracle would write: a problem that takes more has gone astray, and would go on to the end of its context."""
+    segments = (s for level in task.levels(problem, method) for s in task.context(level, method) if s.written)
+    return 100 + 2 * sum(len(tokenizer.segment(s.text)) + 1 for s in segments)
+
+
 # --- the command line --------------------------------------------------------------------------------------------
 
 

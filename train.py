@@ -28,7 +28,7 @@ from tqdm import tqdm
 import lora
 import model as llama
 from model import LLaMA, ModelConfig, Tokenizer, UserError
-from recurse import Decoder, Engine
+from recurse import Decoder, Engine, Limits, most_tokens
 from tasks import TASKS, Context, Primer, tokenizer_corpus
 
 try:
@@ -495,7 +495,8 @@ def quick_decode(c: TrainConfig, model: LLaMA, tokenizer: Tokenizer, n: int = 60
     lengths = [task.train_lengths[i * len(task.train_lengths) // n] for i in range(n)]
     problems = [task.sample(rng, length) for length in lengths]
     wrapped = lora.merge(model)
-    decoder = Decoder(Engine(model), tokenizer)
+    limits = Limits(max_tokens=most_tokens(task, problems[-1], c.method, tokenizer))
+    decoder = Decoder(Engine(model), tokenizer, limits)
     right, bar = 0, tqdm(total=n, unit="problem", disable=None, desc="in distribution")
     for result in decoder.solve([task.prompt(p, c.method) for p in problems]):
         right += result.ending == "answer" and task.judge(problems[result.index], result.text, c.method)
