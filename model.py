@@ -147,18 +147,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of q [B, H, T, hd] over k, v [B, K, T, hd] of the same length."""
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q [B, H, T, hd] over k, v [B, K, S, hd].
+
+    mask        [B, 1, T, S], added to the scores: 0 where a query may look, else -inf; None: causal, with S = T.
+
+    On a CPU plain matrix products beat the fused kernel at our lengths, in training (its backward pass above all) as in decoding.
+    The heads that share a key/value head are stacked along T, so that no key is copied.
+    """
     B, H, T, hd = q.shape
+    K, S = k.shape[1:3]
     if q.is_cuda:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != k.shape[1])
-    # On a CPU plain matrix products beat the fused kernel at the lengths we train on (its backward pass above all).
-    # The heads that share a key/value head are stacked along T, so that no key is copied.
-    K = k.shape[1]
-    hidden = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    scores = (q.reshape(B, K, -1, hd) * hd**-0.5) @ k.transpose(2, 3)  # [B, K, (H / K) T, T]
-    weights = torch.softmax(scores.view(B, H, T, T) + hidden, dim=-1)
-    return (weights.view(B, K, -1, T) @ v).view(B, H, T, hd)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
+    if mask is None:
+        mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    scores = (q.reshape(B, K, -1, hd) * hd**-0.5) @ k.transpose(2, 3)  # [B, K, (H / K) T, S]
+    weights = torch.softmax(scores.view(B, H, T, S) + mask, dim=-1)
+    return (weights.view(B, K, -1, S) @ v).view(B, H, T, hd)
 
 
 class Attention(nn.Module):
@@ -178,20 +183,9 @@ class Attention(nn.Module):
         k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin).transpose(1, 2)  # [B, K, T, hd]
         v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
         if cached is None:
-            # Padding is on the right, so a causal mask hides it from every real token.
-            y = causal_attention(q, k, v)
+            y = attention(q, k, v, None)  # padding is on the right, so a causal mask hides it from every real token
         else:
-            k, v = cached.append(k, v)  # [B, K, S, hd]
-            if T == 1:
-                # One new token: the heads that share a key/value head become its queries, and no key is copied.
-                q = q.view(B, self.n_kv_heads, self.n_heads // self.n_kv_heads, self.head_dim)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=cached.mask).view(B, self.n_heads, 1, self.head_dim)
-            else:
-                # The same for several: those of one key/value head are stacked along T, and so are their masks.
-                group = self.n_heads // self.n_kv_heads
-                q = q.reshape(B, self.n_kv_heads, group * T, self.head_dim)
-                y = F.scaled_dot_product_attention(q, k, v, attn_mask=cached.mask.repeat(1, 1, group, 1))
-                y = y.view(B, self.n_heads, T, self.head_dim)
+            y = attention(q, *cached.append(k, v), cached.mask)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -336,7 +330,8 @@ class KVCache:
         self.reserve(total)
         slots = lengths[:, None] + torch.arange(n_tokens, device=lengths.device)
         # A query sees the slots up to its own. SDPA's is_causal is aligned to the first key and would be wrong here.
-        mask = (torch.arange(total, device=lengths.device) <= slots[:, :, None])[:, None]  # [B, 1, T, S]
+        hidden = (torch.arange(total, device=lengths.device) > slots[:, :, None])[:, None]  # [B, 1, T, S]
+        mask = torch.zeros(hidden.shape, device=hidden.device, dtype=self.keys.dtype).masked_fill_(hidden, float("-inf"))
         index = torch.arange(len(self.lengths), device=lengths.device) if rows is None else rows
         return slots, [
             LayerCache(k, v, index[:, None], slots, mask, whole=rows is None) for k, v in zip(self.keys, self.values, strict=True)
@@ -373,7 +368,7 @@ class LayerCache:
     values: Tensor
     rows: Tensor  # [B, 1]
     slots: Tensor  # [B, T]
-    mask: Tensor  # [B, 1, T, S] what each query may see
+    mask: Tensor  # [B, 1, T, S] 0 where a query may look, else -inf
     whole: bool  # the rows are all rows, so that a view serves instead of a copy
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
