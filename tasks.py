@@ -145,18 +145,28 @@ class Addition:
         return [Addition.Problem(p.a[k:], p.b[k:]) for k in range(n)]
 
     @staticmethod
+    def digits(rng: random.Random, n: int) -> str:
+        """An operand to train on, of n digits; a quarter of the time each digit is likely to be that before it."""
+        stay = 0.5 if rng.random() < 0.25 else 0.0
+        digits = rng.choice("123456789" if n > 1 else "0123456789")
+        while len(digits) < n:
+            digits += digits[-1] if rng.random() < stay else rng.choice("0123456789")
+        return digits
+
+    @staticmethod
     def training_context(rng: random.Random, method: str) -> Context:
         """One training example. Every method sees the same lengths: 1 to 15, each about equally often.
 
         Operands have up to 15 digits and need not be equally long; a level is their last n digits, so that
-        leading zeros occur as they do in the levels of a longer problem.
+        leading zeros occur as they do in the levels of a longer problem. A quarter of the operands have many runs, as 7755556:
+        that is where a digit is lost or doubled in copying, and uniform digits seldom have them.
         """
         while True:
             n = rng.choice(Addition.train_lengths)
             longest = rng.randint(n, Addition.train_lengths[-1])
             sizes = [longest, longest if rng.random() < 0.7 else rng.randint(1, longest)]
             rng.shuffle(sizes)
-            a, b = (str(rng.randrange(10 ** (s - 1) if s > 1 else 0, 10**s)).zfill(longest)[-n:] for s in sizes)
+            a, b = (Addition.digits(rng, size).zfill(longest)[-n:] for size in sizes)
             p = Addition.Problem(a, b)
             if not Addition.held_out(p):
                 return Addition.context(p, method)

@@ -1,5 +1,6 @@
 """The model against transformers, the cache against no cache, strict loading, the tokenizer's segments."""
 
+import itertools
 import random
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import BASE, LLAMA_TOKENIZER, random_model
 
 import model as llama
 from model import KVCache, Tokenizer
-from tasks import METHODS, Addition, Primer
+from tasks import METHODS, TASKS, Primer
 
 SHAPES = [
     {},
@@ -124,19 +125,45 @@ def test_segments_stitch_to_the_text(path):
     if not path.exists():
         pytest.skip(f"{path} is not there")
     tokenizer, rng = Tokenizer(path), random.Random(0)
-    for method in METHODS:
-        for _ in range(100):
-            context = Addition.training_context(rng, method)
-            ids = tokenizer.start(context[0].text)
+    for task, method in itertools.product(TASKS.values(), METHODS):
+        for _ in range(40):
+            context = task.training_context(rng, method)
+            ids, text = tokenizer.start(context[0].text), context[0].text
             for segment in context[1:]:
                 ids += tokenizer.segment(segment.text)
                 assert tokenizer.decode(tokenizer.segment(segment.text)) == segment.text
-            assert tokenizer.sp.decode(ids) == "".join(s.text for s in context)
+                whole = tokenizer.start(text + segment.text)
+                if text[-1] in "\n0123456789" or segment.text[0] in "\n0123456789":
+                    assert tokenizer.start(text) + tokenizer.segment(segment.text) == whole
+                text += segment.text
+            assert tokenizer.sp.decode(ids) == text
     a, b = "73199 + 21439\nSolution: ", "9"  # a digit follows
     assert tokenizer.start(a) + tokenizer.segment(b) == tokenizer.start(a + b)
     assert tokenizer.start("1 + 2\n") + tokenizer.segment("Return: 3") == tokenizer.start("1 + 2\nReturn: 3")
     assert len(tokenizer.segment("4638")) == 4, "digits are single pieces, without a space before them"
     assert tokenizer.segment("") == []
+
+
+@pytest.mark.skipif(not LLAMA_TOKENIZER.exists(), reason=f"{LLAMA_TOKENIZER} is not there")
+def test_ids_of_llamas_own_tokenizer():
+    """Those of the templates, pinned: an adapter trained by others knows them, and no other."""
+    tokenizer = Tokenizer(LLAMA_TOKENIZER)
+    pinned = {
+        "73199 + 21439\nSolution: ": (
+            [29955, 29941, 29896, 29929, 29929, 718, 29871, 29906, 29896, 29946, 29941, 29929, 13, 13296, 918, 29901, 29871]
+        ),
+        "Call: 3199 + 1439\n": [5594, 29901, 29871, 29941, 29896, 29929, 29929, 718, 29871, 29896, 29946, 29941, 29929, 13],
+        "Return: Carry 0, Output 4638\nAnswer: ": (
+            [11609, 29901, 1704, 719, 29871, 29900, 29892, 10604, 29871, 29946, 29953, 29941, 29947, 13, 22550, 29901, 29871]
+        ),
+        "Carry 0, Output 94638": [8179, 719, 29871, 29900, 29892, 10604, 29871, 29929, 29946, 29953, 29941, 29947],
+        "What is the parity of [0, 1]?\nAnswer: ": (
+            [5618, 338, 278, 610, 537, 310, 518, 29900, 29892, 29871, 29896, 29962, 29973, 13, 22550, 29901, 29871]
+        ),
+        "Create dp array [3, -2]": [4391, 270, 29886, 1409, 518, 29941, 29892, 448, 29906, 29962],
+    }
+    for text, ids in pinned.items():
+        assert tokenizer.segment(text) == ids, text
 
 
 def test_decode_never_fails(tokenizer):

@@ -10,6 +10,7 @@ import lora
 import model as llama
 from recurse import Decoder, Engine
 from tasks import METHODS, Addition
+from train import encode
 
 
 def test_shape_and_dtype():
@@ -35,6 +36,12 @@ def test_the_shipped_adapter_adds_numbers_longer_than_any_it_has_seen():
     results = Decoder(Engine(model), tokenizer).solve([Addition.prompt(p, "retuning") for p in problems])
     right = sum(r.ending == "answer" and Addition.judge(problems[r.index], r.text, "retuning") for r in results)
     assert right >= 18, f"{right} of 20 right; the problems' seed was {seed}"
+
+
+def test_the_longest_scratchpad_that_fits(tokenizer):
+    """81 digits, as the README says."""
+    sizes = {n: len(encode(Addition.context(Addition.problem("9" * n, "9"), "scratchpad"), tokenizer).tokens) for n in (81, 82)}
+    assert sizes[81] <= llama.config_from_hf(BASE / "config.json").max_seq_len < sizes[82]
 
 
 def test_greedy_text_equals_pefts():
