@@ -132,17 +132,17 @@ def rotary_frequencies(c: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotation of each position, [B, T] -> twice [B, T, 1, hd/2] in fp32 (RoFormer, section 3.4.2).
+    """Cosine and sine of the rotation of each position, [...] -> twice [..., 1, hd/2] in fp32 (RoFormer, section 3.4.2).
 
     They are computed for the positions at hand, not looked up: positions may be fractional (see `stretch` in train.py),
     and no table can be overrun. bf16 cannot hold integers above 256, hence fp32.
     """
-    angles = positions.float()[:, :, None, None] * rotary_frequencies(c, positions.device)
+    angles = positions.float()[..., None, None] * rotary_frequencies(c, positions.device)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (i, i + hd/2) of x [B, T, heads, hd]: the order of Hugging Face checkpoints."""
+    """Rotate each pair (i, i + hd/2) of x [..., heads, hd]: the order of Hugging Face checkpoints."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
@@ -178,15 +178,17 @@ class Attention(nn.Module):
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=c.attention_bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cached: "LayerCache | None") -> Tensor:
-        B, T, _ = x.shape
-        q = rotate(self.wq(x).view(B, T, self.n_heads, self.head_dim), cos, sin).transpose(1, 2)  # [B, H, T, hd]
-        k = rotate(self.wk(x).view(B, T, self.n_kv_heads, self.head_dim), cos, sin).transpose(1, 2)  # [B, K, T, hd]
-        v = self.wv(x).view(B, T, self.n_kv_heads, self.head_dim).transpose(1, 2)
+        """x [B, T, D], or with a cache [N, D]: the real ones of B x T tokens."""
+        q = rotate(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), cos, sin)  # [B, T, H, hd] or [N, H, hd]
+        k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), cos, sin)
+        v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
         if cached is None:
-            y = attention(q, k, v, None)  # padding is on the right, so a causal mask hides it from every real token
+            # Padding is on the right, so a causal mask hides it from every real token.
+            y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None).transpose(1, 2)
         else:
-            y = attention(q, *cached.append(k, v), cached.mask)
-        return self.wo(y.transpose(1, 2).reshape(B, T, -1))
+            k, v = cached.append(k, v)  # [B, K, S, hd]
+            y = cached.pack(attention(cached.pad(q).transpose(1, 2), k, v, cached.mask).transpose(1, 2))
+        return self.wo(y.flatten(-2))
 
 
 class FeedForward(nn.Module):
@@ -259,6 +261,7 @@ class LLaMA(nn.Module):
         `max_seq_len`.
         """
         B, T = tokens.shape
+        real = None  # rows and columns of the real ones among the B x T tokens, where only these go through the model
         longest = T if cache is None else cache.longest(T if n_new is None else n_new, rows)
         if longest > self.config.max_seq_len:
             raise ValueError(f"a context of {longest} tokens exceeds the model's {self.config.max_seq_len}")
@@ -267,11 +270,17 @@ class LLaMA(nn.Module):
             if positions is None:
                 positions = torch.arange(T, device=tokens.device).expand(B, T)
         else:
-            slots, layer_caches = cache.open(T, rows)
+            if n_new is not None:
+                real = (torch.arange(T, device=tokens.device) < n_new[:, None]).nonzero(as_tuple=True)
+            slots, layer_caches = cache.open(T, rows, real)
             if positions is None:
                 positions = slots
+            # In one step many rows go on by a token or two and some take a prompt: padding would be most of the work.
+            tokens, positions = (x.flatten() if real is None else x[real] for x in (tokens, positions))
+            if select is not None:
+                select = select.flatten() if real is None else select[real]
         cos, sin = rotary_angles(positions, self.config)
-        x = self.tok_embeddings(tokens)  # [B, T, D]
+        x = self.tok_embeddings(tokens)  # [B, T, D], or [N, D] with a cache
         for layer, cached in zip(self.layers, layer_caches, strict=True):
             if gradient_checkpointing and torch.is_grad_enabled():
                 # Reentrant checkpointing gives no gradient at all where the inputs need none, as under a frozen base.
@@ -282,6 +291,8 @@ class LLaMA(nn.Module):
             cache.close(T if n_new is None else n_new, rows)
         if select is not None:
             x = x[select]
+        elif cache is not None:
+            x = layer_caches[0].pad(x)
         return self.output(self.norm(x))
 
 
@@ -323,8 +334,8 @@ class KVCache:
         """The most positions that any row will have in use after n_new more."""
         return int(((self.lengths if rows is None else self.lengths[rows]) + n_new).max())
 
-    def open(self, n_tokens: int, rows: Tensor | None) -> tuple[Tensor, "list[LayerCache]"]:
-        """The slots [B, T] that n_tokens new tokens a row go to, and each layer's view of the cache."""
+    def open(self, n_tokens: int, rows: Tensor | None, real: tuple | None) -> tuple[Tensor, "list[LayerCache]"]:
+        """The slots [B, T] that n_tokens new tokens a row go to (those that are `real`), and each layer's view of the cache."""
         lengths = self.lengths if rows is None else self.lengths[rows]
         total = int(lengths.max()) + n_tokens
         self.reserve(total)
@@ -333,9 +344,9 @@ class KVCache:
         hidden = (torch.arange(total, device=lengths.device) > slots[:, :, None])[:, None]  # [B, 1, T, S]
         mask = torch.zeros(hidden.shape, device=hidden.device, dtype=self.keys.dtype).masked_fill_(hidden, float("-inf"))
         index = torch.arange(len(self.lengths), device=lengths.device) if rows is None else rows
-        return slots, [
-            LayerCache(k, v, index[:, None], slots, mask, whole=rows is None) for k, v in zip(self.keys, self.values, strict=True)
-        ]
+        place = index[:, None].expand_as(slots), slots
+        place = tuple(x.flatten() if real is None else x[real] for x in place)
+        return slots, [LayerCache(k, v, rows, place, mask, real) for k, v in zip(self.keys, self.values, strict=True)]
 
     def close(self, n_new: int | Tensor, rows: Tensor | None) -> None:
         if rows is None:
@@ -366,19 +377,33 @@ class LayerCache:
 
     keys: Tensor  # [all rows, K, capacity, hd]
     values: Tensor
-    rows: Tensor  # [B, 1]
-    slots: Tensor  # [B, T]
+    rows: Tensor | None  # [B] those that are fed (None: all, so that a view serves instead of a copy)
+    place: tuple[Tensor, Tensor]  # row and slot in the cache of each of the N real tokens
     mask: Tensor  # [B, 1, T, S] 0 where a query may look, else -inf
-    whole: bool  # the rows are all rows, so that a view serves instead of a copy
+    real: tuple[Tensor, Tensor] | None  # row and column of each of them among the B x T (None: all are real)
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v [B, K, T, hd]; return all keys and values up to S, [B, K, S, hd]."""
-        self.keys[self.rows, :, self.slots] = k.transpose(1, 2).to(self.keys.dtype)
-        self.values[self.rows, :, self.slots] = v.transpose(1, 2).to(self.values.dtype)
+        """Store the new k and v [N, K, hd]; return all keys and values up to S, [B, K, S, hd]."""
+        rows, slots = self.place
+        self.keys[rows, :, slots] = k.to(self.keys.dtype)
+        self.values[rows, :, slots] = v.to(self.values.dtype)
         size = self.mask.shape[-1]
-        if self.whole:
+        if self.rows is None:
             return self.keys[:, :, :size], self.values[:, :, :size]
-        return self.keys[self.rows[:, 0], :, :size], self.values[self.rows[:, 0], :, :size]
+        return self.keys[self.rows, :, :size], self.values[self.rows, :, :size]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [B, T, ...], zeros where there is no token."""
+        shape = (self.mask.shape[0], self.mask.shape[2], *x.shape[1:])
+        if self.real is None:
+            return x.view(shape)
+        padded = x.new_zeros(shape)
+        padded[self.real] = x
+        return padded
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, T, ...] -> [N, ...], without what is padding."""
+        return x.flatten(0, 1) if self.real is None else x[self.real]
 
 
 class Tokenizer:

@@ -72,7 +72,6 @@ class Limits:
     cache_bytes: int = 2 * 1024**3  # keys and values, of live and suspended frames together
     batch: int = 128  # problems at once
     draft: int = 7  # tokens guessed at once, to be checked in one forward pass; 0: none
-    draft_rows: int = 16  # guess only while no more problems than this are live: a full batch has better use for the time
 
 
 class Decoder:
@@ -120,13 +119,12 @@ class Decoder:
 
     def _step(self, live: dict[int, Problem]) -> None:
         """One forward pass: every live frame is fed some of what is given to it, or its last token and a guess at the next."""
-        draft = self.draft if len(live) <= self.limits.draft_rows else 0
         rows, most = list(live), None
-        if draft and any(len(problem.stack[-1].pending) == 1 for problem in live.values()):
-            most = 1 + draft  # rows that write take few tokens: given segments are fed to the others piece by piece
-        elif not draft:
+        if any(len(problem.stack[-1].pending) == 1 for problem in live.values()):
+            most = 1 + self.draft  # rows that write take few tokens: given segments are fed to the others piece by piece
+        if not self.draft:
             # Given segments go ahead of single tokens: the rows that only write would pay for the padding.
-            rows = [row for row, problem in live.items() if len(problem.stack[-1].pending) > 1] or rows
+            rows, most = [row for row, problem in live.items() if len(problem.stack[-1].pending) > 1] or rows, None
         chunks, n_guessed, wanted = [], [], []
         for row in rows:
             problem, frame = live[row], live[row].stack[-1]
