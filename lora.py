@@ -108,10 +108,12 @@ def unmerge(model: LLaMA, wrapped: dict[str, LoRALinear]) -> None:
 
 
 def fingerprint(model: LLaMA) -> str:
-    """Tells bases apart: a hash of some frozen weights, in bf16 so that it does not depend on the dtype loaded."""
+    """Tells bases apart: a hash of one row of every frozen matrix, in bf16 so that it does not depend on the dtype loaded."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]  # wrapped or not, in the same order
+    rows = [model.tok_embeddings.weight[-1], *(layer.weight[0] for layer in layers), model.norm.weight]
     digest = hashlib.sha256()
-    for weight in (model.tok_embeddings.weight[:4], model.tok_embeddings.weight[-4:], model.norm.weight):
-        digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    for row in rows:
+        digest.update(row.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

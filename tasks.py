@@ -145,6 +145,12 @@ class Addition:
         return [Addition.Problem(p.a[k:], p.b[k:]) for k in range(n)]
 
     @staticmethod
+    def solved(p: "Addition.Problem", method: str) -> list["Addition.Problem"]:
+        """The problems whose solution its context holds: none of them may be held out if it is trained on."""
+        n = {"baseline": 1, "retuning": min(2, p.length), "scratchpad": p.length}[method]
+        return [Addition.Problem(p.a[k:], p.b[k:]) for k in range(n)]
+
+    @staticmethod
     def digits(rng: random.Random, n: int) -> str:
         """An operand to train on, of n digits; a quarter of the time each digit is likely to be that before it."""
         stay = 0.5 if rng.random() < 0.25 else 0.0
@@ -161,14 +167,14 @@ class Addition:
         leading zeros occur as they do in the levels of a longer problem. A quarter of the operands have many runs, as 7755556:
         that is where a digit is lost or doubled in copying, and uniform digits seldom have them.
         """
+        n = rng.choice(Addition.train_lengths)
         while True:
-            n = rng.choice(Addition.train_lengths)
             longest = rng.randint(n, Addition.train_lengths[-1])
             sizes = [longest, longest if rng.random() < 0.7 else rng.randint(1, longest)]
             rng.shuffle(sizes)
             a, b = (Addition.digits(rng, size).zfill(longest)[-n:] for size in sizes)
             p = Addition.Problem(a, b)
-            if not Addition.held_out(p):
+            if not any(map(Addition.held_out, Addition.solved(p, method))):
                 return Addition.context(p, method)
 
     @staticmethod
@@ -274,10 +280,18 @@ class Parity:
         return [Parity.Problem(p.bits[k:]) for k in range(n)]
 
     @staticmethod
+    def solved(p: "Parity.Problem", method: str) -> list["Parity.Problem"]:
+        """The problems whose solution its context holds; a scratchpad solves every list that this one starts with."""
+        if method == "scratchpad":
+            return [Parity.Problem(p.bits[: k + 1]) for k in range(p.length)]
+        return Parity.levels(p, method)[:2]
+
+    @staticmethod
     def training_context(rng: random.Random, method: str) -> Context:
+        n = rng.choice(Parity.train_lengths)
         while True:
-            p = Parity.Problem(tuple(rng.choices((0, 1), k=rng.choice(Parity.train_lengths))))
-            if not Parity.held_out(p):
+            p = Parity.Problem(tuple(rng.choices((0, 1), k=n)))
+            if not any(map(Parity.held_out, Parity.solved(p, method))):
                 return Parity.context(p, method)
 
     @staticmethod
@@ -451,15 +465,20 @@ class DP:
         return [p, *(level for callee in called for level in DP.levels(callee, method))]
 
     @staticmethod
+    def solved(p: "DP.Problem", method: str) -> list["DP.Problem"]:
+        """The problems whose solution its context holds; a scratchpad finds the sums of every list that it ends with."""
+        if method == "scratchpad":
+            return [DP.Problem(p.items[k:]) for k in range(p.length)]
+        return [p, *(DP.callees(p) if method == "retuning" else ())]
+
+    @staticmethod
     def training_context(rng: random.Random, method: str) -> Context:
         """Every method sees lists of the same lengths; for retuning, levels of each kind, of each length about equally often."""
+        kind = rng.choice(("whole", "sums", "marks")) if method == "retuning" else "whole"
+        n = rng.randint(DP.train_lengths[0] if kind == "whole" else 1, DP.train_lengths[-1])
         while True:
-            kind = rng.choice(("whole", "sums", "marks")) if method == "retuning" else "whole"
-            longest = DP.train_lengths[-1]
-            n = rng.randint(DP.train_lengths[0] if kind == "whole" else 1, longest)
-            can_use = kind != "marks" or rng.random() < 0.5
-            p = DP.Problem(tuple(rng.choices(DP.VALUES, k=n)), kind, can_use)
-            if not DP.held_out(p):
+            p = DP.Problem(tuple(rng.choices(DP.VALUES, k=n)), kind, can_use=kind != "marks" or rng.random() < 0.5)
+            if not any(map(DP.held_out, DP.solved(p, method))):
                 return DP.context(p, method)
 
     @staticmethod

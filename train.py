@@ -69,14 +69,15 @@ class TrainConfig:
     targets: tuple[str, ...] = lora.LAYERS
     """linear layers that get an adapter, by Meta's names"""
 
-    steps: int = 1200
+    steps: int = 1600
     """optimizer steps"""
     batch_size: int = 32
     """contexts per step"""
     micro_tokens: int = 4096
     """padded tokens per forward pass; a step takes as many passes as it needs"""
-    lr: float = 3e-3
-    """peak learning rate: reached after `warmup` steps, falling linearly to 0 over the last `decay` of the run"""
+    lr: float | None = None
+    """peak learning rate (default: the best found for the method, LEARNING_RATES): reached after `warmup` steps, falling
+    linearly to 0 over the last `decay` of the run"""
     warmup: int = 50
     decay: float = 0.7
     weight_decay: float = 0.0
@@ -98,6 +99,9 @@ class TrainConfig:
     base_dtype: Literal["float32", "bfloat16"] = "float32"
     """of the frozen base and of the residual stream: bfloat16 takes half the memory"""
 
+
+# For adapters of the shipped base, after trying half and double.
+LEARNING_RATES = {"baseline": 3e-3, "scratchpad": 1.5e-3, "retuning": 3e-3}
 
 PRESETS: dict[str, dict] = {
     "tiny": {},
@@ -512,6 +516,8 @@ def main() -> None:
     preset = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--preset"), "tiny")
     default = TrainConfig(**PRESETS.get(preset, {}) | {"preset": preset if preset in PRESETS else "tiny"})
     c = tyro.cli(TrainConfig, default=default)
+    if c.lr is None:
+        c.lr = LEARNING_RATES[c.method]
     check(c)
     folder = None
     if c.resume:

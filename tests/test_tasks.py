@@ -114,7 +114,7 @@ def test_training_problems_of_dp_and_parity(task):
             text = re.split("\n(?:Solution|Answer): ", task.training_context(rng, method)[0].text)[0]
             p = task.from_text(text)
             lengths[p.length] += 1
-            assert not task.held_out(p)
+            assert not any(map(task.held_out, task.solved(p, method)))
     assert max(lengths) == task.train_lengths[-1] and min(lengths) == 1
     for length in (task.train_lengths[-1], 30):
         assert all(task.held_out(task.sample(rng, length)) for _ in range(50))
@@ -182,15 +182,24 @@ def test_training_lengths_are_balanced_and_never_exceeded(method):
     assert max(counts.values()) < 1.3 * min(counts.values())
 
 
+def solutions_in(context, method):
+    """The additions whose solution a context holds, read from its text: the problem, what it calls, or a line each."""
+    a, b = context[0].text.partition("\n")[0].split(" + ")
+    if method == "scratchpad":
+        return [Addition.Problem(a[-k:], b[-k:]) for k in range(1, 1 + len(context[-1].text.split("\n")))]
+    calls = [Addition.from_text(s.text.removeprefix("Call: ").removesuffix("\n")) for s in context if "Call" in s.text]
+    return [Addition.Problem(a, b), *calls]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluation_problems_are_never_trained_on(method):
+    """Not even as a part of another one: no solution of a held-out problem is in any context."""
     rng = random.Random(1)
-    for _ in range(20_000):
-        text = Addition.training_context(rng, method)[0].text.partition("\n")[0]
-        p = Addition.from_text(text)
-        assert p.length == 1 or not Addition.held_out(p)
-    for length in (2, 3, 15, 60):
-        assert all(Addition.held_out(Addition.sample(rng, length)) for _ in range(50))
+    trained = {p for _ in range(20_000) for p in solutions_in(Addition.training_context(rng, method), method)}
+    evaluated = {Addition.sample(rng, length) for length in (2, 3, 4, 15, 60) for _ in range(500)}
+    swapped = {Addition.Problem(p.b, p.a) for p in evaluated}
+    assert len(trained) > 15_000 and not trained & (evaluated | swapped)
+    assert len(evaluated & {Addition.Problem(str(a), str(b)) for a in range(10, 100) for b in range(10, 100)}) > 300
 
 
 def test_samples_have_exactly_the_length_asked_for():
