@@ -87,6 +87,9 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
 
 
+COUNTS = ("tokens_generated", "tokens_forwarded", "tokens_guessed", "tokens_accepted")  # see recurse.Problem
+
+
 # --- what is to be evaluated -------------------------------------------------------------------------------------
 
 
@@ -107,6 +110,8 @@ def own_problems(path: Path) -> dict[tuple[str, int], list]:
             if not isinstance(fields, dict) or not isinstance(fields.get("task"), str) or fields["task"] not in TASKS:
                 raise UserError(f'expected an object with "task" one of {", ".join(TASKS)}, found {line[:60]}')
             problem = TASKS[fields["task"]].from_json(fields)
+        except KeyError as e:
+            raise UserError(f"{path}, line {number}: the field {e} is missing") from None
         except (ValueError, RecursionError) as e:  # of json, or a UserError
             raise UserError(f"{path}, line {number}: {e}") from None
         found.setdefault((fields["task"], problem.length), []).append(problem)
@@ -133,6 +138,15 @@ def find_adapters(c: EvalConfig) -> list[tuple[str, str, Path]]:
     return found
 
 
+def draw(task: str, length: int, rng: random.Random, n: int) -> list:
+    """n different problems, held out from training; fewer where there are not so many (of short lists, above all)."""
+    problems: dict = {}  # in the order drawn
+    for _ in range(20 * n):
+        if len(problems) < n:
+            problems[TASKS[task].sample(rng, length)] = None
+    return list(problems)
+
+
 def cells(c: EvalConfig) -> list[Cell]:
     found = find_adapters(c)
     if c.problems:
@@ -142,7 +156,10 @@ def cells(c: EvalConfig) -> list[Cell]:
         for task in {task: None for task, _, _ in found}:
             for length in c.lengths or (TASKS[task].ood_lengths if c.ood else TASKS[task].train_lengths):
                 rng = random.Random(f"eval-{c.seed}-{task}-{length}")  # the same problems for all methods
-                groups[task, length] = [TASKS[task].sample(rng, length) for _ in range(c.n)]
+                groups[task, length] = draw(task, length, rng, c.n)
+    for task, _ in groups:
+        if task not in {t for t, _, _ in found}:
+            raise UserError(f"there is no adapter for {task}; make one with: python train.py --task {task}")
     return [Cell(t, m, a, length, p) for t, m, a in found for (task, length), p in sorted(groups.items()) if task == t]
 
 
@@ -182,8 +199,7 @@ def run_cell(cell: Cell, key: str, decoder: Decoder, partial: Partial) -> Iterat
             "index": index,
             "correct": result.ending == "answer" and task.judge(cell.problems[index], result.text, cell.method),
             "ending": result.ending,
-            "tokens_generated": result.tokens_generated,
-            "tokens_forwarded": result.tokens_forwarded,
+            **{count: getattr(result, count) for count in COUNTS},
             "seconds": now - before,  # since the one before: they sum up to the cell's
         }
         before = now
@@ -203,8 +219,7 @@ def summary(cell: Cell, records: list[dict]) -> dict:
         "accuracy": correct / n,
         "ci95": [round(x, 4) for x in wilson(correct, n)],
         "endings": dict(Counter(r["ending"] for r in records)),
-        "tokens_generated": sum(r["tokens_generated"] for r in records),
-        "tokens_forwarded": sum(r["tokens_forwarded"] for r in records),
+        **{key: sum(r[key] for r in records) for key in COUNTS},
         "seconds": round(sum(r["seconds"] for r in records), 2),
     }
 
@@ -223,7 +238,9 @@ def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
                 model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
                 limits = Limits(cache_bytes=int(c.cache_gib * 1024**3), batch=c.batch)
                 decoder, loaded = Decoder(Engine(model), tokenizer, limits), cell.adapter
-            decoder.limits.max_tokens = most_tokens(TASKS[cell.task], cell.problems[0], cell.method, tokenizer)
+            task = TASKS[cell.task]
+            decoder.limits.max_tokens = max(most_tokens(task, p, cell.method, tokenizer) for p in cell.problems)
+            decoder.limits.max_depth = 1 + max(len(task.levels(p, cell.method)) for p in cell.problems)
             for record in run_cell(cell, key, decoder, partial):
                 done.append(record)
                 right = sum(r["correct"] for r in done)
@@ -308,9 +325,12 @@ def main(c: EvalConfig) -> None:
         "batch": c.batch,
     }
     work = hashlib.sha256(json.dumps([settings, [cell.key for cell in todo]]).encode()).hexdigest()[:8]
-    partial = Partial(c.out / f"{name}-{work}.partial.jsonl")  # another evaluation keeps a file of its own
+    try:
+        partial = Partial(c.out / f"{name}-{work}.partial.jsonl")  # another evaluation keeps a file of its own
+    except OSError as e:
+        raise UserError(f"{c.out}: cannot be written to ({e.strerror}); choose another --out") from None
     results = evaluate(c, todo, partial)
-    report = {"results": results, "config": asdict(c), "seed": c.seed}
+    report = {"results": results, "config": asdict(c) | settings, "seed": c.seed}
     text = json.dumps(report, indent=1, default=str) + "\n"
     llama.write_atomically(c.out / f"{name}.json", lambda p: p.write_text(text))
     print(table(results))

@@ -303,9 +303,9 @@ class KVCache:
     `take` copies a row's used positions out (a suspended context), `put` brings them back.
     """
 
-    def __init__(self, config: ModelConfig, n_rows: int, *, device: torch.device | str, dtype: torch.dtype, capacity: int = 0):
+    def __init__(self, config: ModelConfig, n_rows: int, *, device: torch.device | str, dtype: torch.dtype):
         self.config = config
-        shape = (config.n_layers, n_rows, config.n_kv_heads, capacity, config.head_dim)
+        shape = (config.n_layers, n_rows, config.n_kv_heads, 0, config.head_dim)  # `reserve` makes room
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # [layers, B, K, S, hd]
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = torch.zeros(n_rows, device=device, dtype=torch.long)  # [B] positions in use
@@ -509,15 +509,6 @@ def write_atomically(path: Path, write) -> None:
 def _weights_error(path: Path, error: Exception) -> UserError:
     reason = str(error).strip().partition("\n")[0][:200]
     return UserError(f"{path}: not a readable file of weights ({reason or type(error).__name__}; {_describe(path)})")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU, in the file's dtypes."""
-    try:
-        with safe_open(path, framework="pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise _weights_error(path, e) from None
 
 
 class WeightFile:

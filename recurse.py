@@ -446,8 +446,8 @@ def print_segment(problem: Problem, frame: Frame, segment: Segment | None) -> No
 def main(c: RecurseConfig) -> int:
     if not c.prompt.strip():
         raise UserError('the prompt is empty; expected a problem such as "73199 + 21439"')
-    if not 0 <= c.temperature < math.inf or c.max_depth < 1 or c.max_tokens < 1:
-        raise UserError("expected --temperature of 0 or more, --max-depth and --max-tokens of 1 or more")
+    if not (0 <= c.temperature < math.inf and c.max_depth >= 1 and c.max_tokens >= 1 and 0 <= c.seed < 2**62):
+        raise UserError("expected --temperature and --seed of 0 or more, --max-depth and --max-tokens of 1 or more")
     found = [(task, p) for task in TASKS.values() if (p := task.from_text(c.prompt)) is not None]
     if not found:
         examples = "; ".join(t.example for t in TASKS.values())
@@ -475,6 +475,7 @@ def main(c: RecurseConfig) -> int:
             "task": task.name, "method": c.method, "adapter": str(adapter), "prompt": prompt, "ending": result.ending,
             "answer": answer, "oracle": task.oracle(problem), "correct": right, "deepest": result.deepest,
             "tokens_generated": result.tokens_generated, "tokens_forwarded": result.tokens_forwarded,
+            "tokens_guessed": result.tokens_guessed, "tokens_accepted": result.tokens_accepted,
             "frames": [frame_to_json(f) for f in result.frames],
         }  # fmt: skip
         print(json.dumps(report, ensure_ascii=False))

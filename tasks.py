@@ -75,8 +75,8 @@ class Addition:
     def problem(a: str, b: str) -> "Addition.Problem":
         """Two strings of decimal digits; the shorter is padded with zeros."""
         for x in (a, b):
-            if not (isinstance(x, str) and x.isascii() and x.isdigit()):
-                raise UserError(f"addition: expected operands that are strings of decimal digits, found {x!r}")
+            if not (isinstance(x, str) and x.isascii() and x.isdigit() and len(x) <= 4000):  # Python's int() takes 4300
+                raise UserError(f"addition: expected operands that are strings of at most 4000 decimal digits, found {x!r:.60}")
         n = max(len(a), len(b))
         return Addition.Problem(a.zfill(n), b.zfill(n))
 
@@ -500,8 +500,8 @@ class Primer:
     """What the shipped base is trained on, in place of a web corpus: handling of text, and sums of single digits.
 
     A context gives one or two *records* (one or two sequences in some notation, joined by a delimiter or named), then asks for
-    operations by keyword. It holds no multi-digit addition, no parity and no dynamic programming. Every reply follows
-    from what is given: words straight before a sequence belong to its record, a colon ends those that do not.
+    operations by keyword. The only sums are of two digits and a carry, and of an integer and one from -9 to 9. Every reply
+    follows from what is given: words straight before a sequence belong to its record, a colon ends those that do not.
     """
 
     name = "primer"

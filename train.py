@@ -9,6 +9,7 @@ optimizer, the loop. A run leaves in runs/<task>-<method>/ the adapter, train_co
 import contextlib
 import json
 import math
+import pickle
 import random
 import sys
 import tempfile
@@ -407,7 +408,12 @@ def load_checkpoint(folder: Path, model: LLaMA, optimizers: list) -> tuple[int, 
     path = folder / "checkpoint.pt"
     if not path.exists():
         return 0, 0.0
-    state = torch.load(path, map_location=model.device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=model.device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(
+            f"{path}: damaged ({str(e).splitlines()[0][:80]}); delete it, and --resume starts from the first step"
+        ) from None
     with torch.no_grad():
         for name, p in trainable(model).items():
             p.copy_(state["parameters"][name])
@@ -425,7 +431,7 @@ class Metrics:
             kept = [
                 line
                 for line in path.read_text().splitlines(True)
-                if line.endswith("\n") and json.loads(line)["step"] <= steps_done
+                if line.endswith("\n") and (m := json.loads(line))["step"] <= steps_done and "loss" in m
             ]
         llama.write_atomically(path, lambda p: p.write_text("".join(kept)))
         self.file = path.open("a")
@@ -485,10 +491,10 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
     if c.full:
         llama.save(model, tokenizer, folder)
     else:
-        lora.save_adapter(model, folder, lora_config(c), base=str(c.base))
         accuracy = quick_decode(c, model, tokenizer)
         print(f"solves {accuracy:.1%} of held-out problems of the training lengths")
         metrics.write(step=c.steps, in_distribution_accuracy=accuracy)
+        lora.save_adapter(model, folder, lora_config(c), base=str(c.base))  # last: this is what makes a run finished
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     print(f"written: {folder}")
 
@@ -547,6 +553,8 @@ def check(c: TrainConfig) -> None:
     """Refuse settings that no run could have."""
     if c.task == "primer" and not c.full:
         raise UserError("the primer trains a whole model: add --full (or --preset base)")
+    if c.full and c.task != "primer":
+        raise UserError("--full trains a base (--task primer); a task is learned by an adapter: leave out --full")
     if c.from_scratch and not c.full:
         raise UserError("--from-scratch needs --full: an adapter needs a base")
     for name in ("steps", "batch_size", "micro_tokens", "save_every", "rank"):

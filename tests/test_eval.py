@@ -1,11 +1,12 @@
 """The evaluation: intervals, files, interruption. On the shipped adapters, with few short problems."""
 
 import json
+import random
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import BASE, ROOT
 
 import eval as evaluation
 from model import UserError
@@ -68,6 +69,29 @@ def test_your_own_problems(tmp_path):
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "problems.json").read_text())["results"]
     assert [(r["length"], r["n"]) for r in results] == [(2, 1), (4, 1)]
+
+
+def test_problems_without_an_adapter_are_an_error(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"task": "addition", "a": "1", "b": "2"}\n{"task": "dp", "items": [3, -2, 5]}\n')
+    adapter = BASE / "adapters/addition-retuning"
+    with pytest.raises(UserError, match="no adapter for dp"):
+        evaluation.cells(evaluation.EvalConfig(problems=file, task="addition", method="retuning", adapter=adapter))
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run("--n", 1, "--lengths", 1, "--out", tmp_path / "file/results")
+    assert done.returncode == 1 and "cannot be written to" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_no_problem_is_asked_twice():
+    rng = random.Random(0)
+    for task, length, n in (("addition", 2, 200), ("dp", 2, 100), ("parity", 6, 100), ("addition", 40, 50)):
+        problems = evaluation.draw(task, length, rng, n)
+        assert len(set(problems)) == len(problems) <= n
+        assert len(problems) == n or task != "addition"
+    assert len(problems) == 50
 
 
 @pytest.mark.parametrize(

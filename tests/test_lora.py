@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from conftest import random_model
+from safetensors.torch import load_file
 
 import lora
 import model as llama
@@ -95,7 +96,7 @@ def test_theirs_in_ours(base_and_adapter, tmp_path):
 def test_adapters_that_do_not_fit_are_refused(base_and_adapter, tmp_path):
     base, adapter, _ = base_and_adapter
     weights, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
-    tensors, saved = llama.read_tensors(weights), config.read_text()
+    tensors, saved = load_file(weights), config.read_text()
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
     def refused(match, model=None):
@@ -104,6 +105,10 @@ def test_adapters_that_do_not_fit_are_refused(base_and_adapter, tmp_path):
         assert "\n" not in str(e.value)
 
     refused("trained on another base", random_model(seed=5))
+    merged = random_model()
+    lora.load_adapter(merged, adapter)
+    lora.merge(merged)
+    refused("trained on another base", merged)
     refused(r"q_proj.lora_A.weight has shape \[4, 32\], the base needs \[4, 40\]", random_model(dim=40))
     refused("layers.2.*missing", random_model(n_layers=3))
     llama.save_file({n: t for n, t in tensors.items() if n != name}, weights)

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from conftest import BASE
+from safetensors.torch import load_file
 
 import lora
 import model as llama
@@ -16,7 +17,7 @@ from train import encode
 def test_shape_and_dtype():
     model, _ = llama.load(BASE)
     assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
-    assert {t.dtype for t in llama.read_tensors(BASE / "model.safetensors").values()} == {torch.bfloat16}
+    assert {t.dtype for t in load_file(BASE / "model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("method", METHODS)
