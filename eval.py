@@ -23,7 +23,7 @@ from tqdm import tqdm
 import lora
 import model as llama
 from model import UserError
-from recurse import Decoder, Engine, Limits, load_solver, most_tokens
+from recurse import Decoder, Engine, Limits, bounds, load_solver
 from tasks import METHODS, TASKS
 
 
@@ -227,7 +227,7 @@ def summary(cell: Cell, records: list[dict]) -> dict:
 def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
     device = llama.pick_device(c.device)
     dtype = llama.pick_dtype(c.dtype, device)
-    results, loaded, decoder = [], None, None
+    results, loaded, engine = [], None, None
     bar = tqdm(total=sum(len(cell.problems) for cell in todo), unit="problem", disable=None)
     for cell in todo:
         key = cell.key
@@ -236,12 +236,10 @@ def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
         if len(done) < len(cell.problems):
             if loaded != cell.adapter:
                 model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
-                limits = Limits(cache_bytes=int(c.cache_gib * 1024**3), batch=c.batch)
-                decoder, loaded = Decoder(Engine(model), tokenizer, limits), cell.adapter
-            task = TASKS[cell.task]
-            decoder.limits.max_tokens = max(most_tokens(task, p, cell.method, tokenizer) for p in cell.problems)
-            decoder.limits.max_depth = 1 + max(len(task.levels(p, cell.method)) for p in cell.problems)
-            for record in run_cell(cell, key, decoder, partial):
+                engine, loaded = Engine(model), cell.adapter
+            limits = bounds(TASKS[cell.task], cell.problems, cell.method, tokenizer)
+            limits = Limits(cache_bytes=int(c.cache_gib * 1024**3), batch=c.batch, **limits)
+            for record in run_cell(cell, key, Decoder(engine, tokenizer, limits), partial):
                 done.append(record)
                 right = sum(r["correct"] for r in done)
                 bar.set_description(f"{cell.task} {cell.method} {cell.length}: {right}/{len(done)} right")

@@ -69,6 +69,7 @@ class Problem:
 class Limits:
     max_depth: int = 512  # frames on a stack
     max_tokens: int = 200_000  # written for one problem, over all its frames
+    max_segment_tokens: int = 200_000  # written in one segment
     cache_bytes: int = 2 * 1024**3  # keys and values, of live and suspended frames together
     batch: int = 128  # problems at once
     draft: int = 7  # tokens guessed at once, to be checked in one forward pass; 0: none
@@ -247,7 +248,7 @@ class Decoder:
         frame = problem.stack[-1]
         if len(frame.tokens) + len(frame.pending) > self.engine.max_seq_len:
             self._abandon(problem, "context-full")
-        elif problem.tokens_generated >= self.limits.max_tokens:
+        elif problem.tokens_generated >= self.limits.max_tokens or len(frame.writing) >= self.limits.max_segment_tokens:
             self._abandon(problem, "max-tokens")
 
     def _abandon(self, problem: Problem, reason: str) -> None:
@@ -378,10 +379,17 @@ class Engine:
         return [results[r] for r in rows] if whole else results
 
 
-def most_tokens(task, problem, method: str, tokenizer: Tokenizer) -> int:
-    """A quarter more than the oracle would write, and 100: what takes more has gone astray, and would fill its context."""
-    segments = (s for level in task.levels(problem, method) for s in task.context(level, method) if s.written)
-    return 100 + sum(len(tokenizer.segment(s.text)) + 1 for s in segments) * 5 // 4
+def bounds(task, problems: Sequence, method: str, tokenizer: Tokenizer) -> dict[str, int]:
+    """Limits for problems whose solution is known: 100 and 1.25 times the tokens that the oracle writes, in all and in a segment.
+
+    What goes beyond has gone astray. One context that goes on to the model's end would hold up all that run beside it.
+    """
+    total = longest = deepest = 0
+    for problem in problems:
+        levels = task.levels(problem, method)
+        sizes = [len(tokenizer.segment(s.text)) + 1 for level in levels for s in task.context(level, method) if s.written]
+        total, longest, deepest = max(total, sum(sizes)), max(longest, *sizes), max(deepest, len(levels))
+    return dict(max_tokens=100 + total * 5 // 4, max_segment_tokens=100 + longest * 5 // 4, max_depth=deepest + 1)
 
 
 # --- the command line --------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import lora
 import model as llama
 from model import LLaMA, ModelConfig, Tokenizer, UserError
-from recurse import Decoder, Engine, Limits, most_tokens
+from recurse import Decoder, Engine, Limits, bounds
 from tasks import TASKS, Context, Primer, tokenizer_corpus
 
 try:
@@ -101,7 +101,7 @@ class TrainConfig:
     """of the frozen base and of the residual stream: bfloat16 takes half the memory"""
 
 
-# For adapters of the shipped base, after trying half and double.
+# For adapters of the shipped base: the best of those tried on addition (see the README).
 LEARNING_RATES = {"baseline": 3e-3, "scratchpad": 1.5e-3, "retuning": 3e-3}
 
 PRESETS: dict[str, dict] = {
@@ -505,8 +505,7 @@ def quick_decode(c: TrainConfig, model: LLaMA, tokenizer: Tokenizer, n: int = 60
     lengths = [task.train_lengths[i * len(task.train_lengths) // n] for i in range(n)]
     problems = [task.sample(rng, length) for length in lengths]
     wrapped = lora.merge(model)
-    limits = Limits(max_tokens=most_tokens(task, problems[-1], c.method, tokenizer))
-    decoder = Decoder(Engine(model), tokenizer, limits)
+    decoder = Decoder(Engine(model), tokenizer, Limits(**bounds(task, problems, c.method, tokenizer)))
     right, bar = 0, tqdm(total=n, unit="problem", disable=None, desc="in distribution")
     for result in decoder.solve([task.prompt(p, c.method) for p in problems]):
         right += result.ending == "answer" and task.judge(problems[result.index], result.text, c.method)

@@ -118,6 +118,8 @@ def test_endless_text_and_endless_calls_end(tokenizer):
     assert r.ending == "context-full" and r.tokens_generated < 300
     (r,) = Decoder(ScriptedEngine(lambda ids: digit), tokenizer, Limits(max_tokens=500)).solve(["1 + 2\nSolution: "])
     assert r.ending == "max-tokens" and r.tokens_generated == 500
+    (r,) = Decoder(ScriptedEngine(lambda ids: digit), tokenizer, Limits(max_segment_tokens=50)).solve(["1 + 2\nSolution: "])
+    assert r.ending == "max-tokens" and r.tokens_generated == 50
     # A binary tree of calls has 2 ** depth frames: the limit on tokens is what ends it.
     texts = ["Call: 1 + 2\n"] * 30 + ["3", "Call: 1 + 2\n"] * 100_000
     (r,) = Decoder(ScriptedEngine(writer(tokenizer, *texts)), tokenizer, Limits(max_tokens=5000)).solve(["1 + 2\nSolution: "])
