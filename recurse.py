@@ -132,7 +132,9 @@ class Decoder:
             chunk, guess = frame.pending[:most], []
             if len(chunk) == len(frame.pending) and most:
                 room = min(most, self.engine.max_seq_len - len(frame.tokens)) - len(chunk)
-                guess = frame.lookup.guess(min(room, self.limits.max_tokens - problem.tokens_generated - 1))
+                total, segment = problem.tokens_generated, len(frame.writing)  # one more than is guessed will be written
+                left = min(self.limits.max_tokens - total, self.limits.max_segment_tokens - segment) - 1
+                guess = frame.lookup.guess(min(room, left))
             chunks.append(chunk + guess)
             n_guessed.append(len(guess))
             wanted.append(1 + len(guess) if len(chunk) == len(frame.pending) else 0)
