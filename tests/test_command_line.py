@@ -33,10 +33,10 @@ CASES = [
     ("recurse.py", ["1 + 2", "--seed", "9" * 30], "--seed"),
     ("recurse.py", ["1 + 2", *ADAPTER, "--base", "nowhere"], "nowhere: no such folder"),
     ("recurse.py", ["1 + 2", "--adapter", "nowhere"], "nowhere: no such adapter folder"),
-    ("recurse.py", ["1 + 2", "--temperature", "-1"], "--temperature of 0 or more"),
+    ("recurse.py", ["1 + 2", "--temperature", "-1"], "--temperature and --seed of 0 or more"),
     ("eval.py", ["--adapter", "nowhere"], "--adapter needs --task and --method"),
     ("eval.py", ["--problems", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
-    ("recurse.py", ["1 + 2", "--temperature", "nan"], "--temperature of 0 or more"),
+    ("recurse.py", ["1 + 2", "--temperature", "nan"], "--temperature and --seed of 0 or more"),
     ("eval.py", ["--n", "0"], "1 or more"),
     ("eval.py", ["--lengths", "5000"], "lengths of 1 to 4000"),
 ]
