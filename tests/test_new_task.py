@@ -29,7 +29,7 @@ def test_the_example_of_the_readme(tmp_path):
     run("eval.py", "--ood", "--task", "maximum", "--lengths", "1", "3", "--n", "20", *base)
     results = {(r["method"], r["length"]): r for r in json.loads((tmp_path / "results/ood.json").read_text())["results"]}
     assert results.keys() == {(m, n) for m in ("retuning", "scratchpad") for n in (1, 3)}
-    assert results["retuning", 1]["correct"] > 10, "40 steps are enough to copy a digit"
-    assert all(sum(r["endings"].values()) == 20 for r in results.values())
+    assert results["retuning", 1]["accuracy"] > 0.5, "40 steps are enough to copy a digit"
+    assert [r["n"] for r in results.values()] == [10, 20, 10, 20], "of one digit there are only ten problems"
     out = run("recurse.py", "What is the maximum of [7]?", *base)
     assert "answer: 7 (right)" in out
