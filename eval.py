@@ -328,7 +328,7 @@ def main(c: EvalConfig) -> None:
     except OSError as e:
         raise UserError(f"{c.out}: cannot be written to ({e.strerror}); choose another --out") from None
     results = evaluate(c, todo, partial)
-    report = {"results": results, "config": asdict(c) | settings, "seed": c.seed}
+    report = {"results": results, "config": asdict(c) | {k: settings[k] for k in ("device", "dtype")}, "seed": c.seed}
     text = json.dumps(report, indent=1, default=str) + "\n"
     llama.write_atomically(c.out / f"{name}.json", lambda p: p.write_text(text))
     print(table(results))
