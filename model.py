@@ -556,7 +556,7 @@ def _refuse_duplicates(path: Path) -> None:
             try:
                 json.loads(f.read(size), object_pairs_hook=unique)
             except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
-                pass  # as above
+                return  # no header either: safe_open says what is wrong
 
 
 @dataclass

@@ -258,7 +258,7 @@ def test_the_primer_holds_no_instance_of_a_task():
             sums = {a + b for a, b in itertools.combinations(asked, 2) if min(a, b) > 99}
             compared += bool(sums)
             hits += bool(sums & {int(x) for x in re.findall(r"\d{3,}", reply.text)})
-    assert compared > 1000 and hits < compared / 1000, "111 + 111 = 222 may be copied by chance, but not often"
+    assert compared > 1000 and hits == 0
 
 
 def test_every_task_has_the_interface():
