@@ -14,7 +14,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,18 +177,51 @@ class Attention(nn.Module):
         self.wv = nn.Linear(c.dim, c.n_kv_heads * c.head_dim, bias=c.attention_bias)
         self.wo = nn.Linear(c.n_heads * c.head_dim, c.dim, bias=c.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cached: "LayerCache | None") -> Tensor:
-        """x [B, T, D], or with a cache [N, D]: the real ones of B x T tokens."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend") -> Tensor:
+        """x [B, T, D], or [N, D]: the real ones of B x T tokens. `attend` knows which of them may look at what."""
         q = rotate(self.wq(x).unflatten(-1, (self.n_heads, self.head_dim)), cos, sin)  # [B, T, H, hd] or [N, H, hd]
         k = rotate(self.wk(x).unflatten(-1, (self.n_kv_heads, self.head_dim)), cos, sin)
         v = self.wv(x).unflatten(-1, (self.n_kv_heads, self.head_dim))
-        if cached is None:
-            # Padding is on the right, so a causal mask hides it from every real token.
-            y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None).transpose(1, 2)
-        else:
-            k, v = cached.append(k, v)  # [B, K, S, hd]
-            y = cached.pack(attention(cached.pad(q).transpose(1, 2), k, v, cached.mask).transpose(1, 2))
-        return self.wo(y.flatten(-2))
+        return self.wo(attend(q, k, v).flatten(-2))
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each row is a context of its own: q [B, T, H, hd], k and v [B, T, K, hd] -> [B, T, H, hd].
+
+    Padding is on the right, so a causal mask hides it from every real token.
+    """
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None).transpose(1, 2)
+
+
+class Packed:
+    """Contexts one after another without padding: attention stays within each, q [N, H, hd], k and v [N, K, hd] -> [N, H, hd]."""
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.lengths = lengths  # of the contexts, N in all
+        self.mask: Tensor | None = None
+        if device.type == "cuda":  # one padded call: many small kernels would cost more than the padding
+            columns = torch.arange(max(lengths), device=device)
+            self.real = (columns < torch.tensor(lengths, device=device)[:, None]).nonzero(as_tuple=True)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.is_cuda:
+            shape = len(self.lengths), max(self.lengths)
+            return attend_rows(*(pad(x, self.real, shape) for x in (q, k, v)))[self.real]
+        if self.mask is None or self.mask.dtype != q.dtype:  # of the longest, whose upper left corners serve the others
+            self.mask = q.new_full((max(self.lengths),) * 2, float("-inf")).triu(1)
+        out = []
+        for qi, ki, vi in zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True):
+            qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))
+            n = qi.shape[2]
+            out.append(attention(qi, ki, vi, self.mask[:n, :n])[0].transpose(0, 1))
+        return torch.cat(out)
+
+
+def pad(x: Tensor, real: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
+    """[N, ...] -> [B, T, ...]: each token to its row and column, zeros where there is none."""
+    padded = x.new_zeros((*shape, *x.shape[1:]))
+    padded[real] = x
+    return padded
 
 
 class FeedForward(nn.Module):
@@ -212,8 +245,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cached: "LayerCache | None" = None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, cached)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend") -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -245,34 +278,36 @@ class LLaMA(nn.Module):
         rows: Tensor | None = None,
         n_new: Tensor | None = None,
         select: Tensor | None = None,
+        lengths: list[int] | None = None,
         gradient_checkpointing: bool = False,
     ) -> Tensor:
         """Logits of the next token.
 
-        tokens      [B, T] ids, padded on the right.
-        positions   [B, T] for the rotary embedding; by default 0, 1, 2, ... without a cache, and going on from each
-                    row's own length with one.
+        tokens      [B, T] ids, padded on the right; with `lengths` [N] ids of several contexts, one after another.
+        positions   as tokens, for the rotary embedding; by default 0, 1, 2, ... in each context without a cache, and
+                    going on from each row's own length with one.
         cache       keys and values of what came before; the new ones are appended to it.
         rows        [B] the rows of the cache that these tokens belong to (default: all, in order).
         n_new       [B] how many of the T tokens are real in each row (default: all T). Only these count as cached.
-        select      [B, T] bool: where logits are wanted (the output layer is the largest product of a small step).
+        select      as tokens, bool: where logits are wanted (the output layer is the largest product of a small step).
+        lengths     of the contexts packed into tokens [N], N in all. They see nothing of each other. Without a cache only.
 
-        Returns [B, T, vocab_size], or [select.sum(), vocab_size]. Raises ValueError where a row would outgrow
+        Returns [*tokens.shape, vocab_size], or [select.sum(), vocab_size]. Raises ValueError where a context would outgrow
         `max_seq_len`.
         """
-        B, T = tokens.shape
+        T = tokens.shape[-1]
         real = None  # rows and columns of the real ones among the B x T tokens, where only these go through the model
-        longest = T if cache is None else cache.longest(T if n_new is None else n_new, rows)
+        longest = cache.longest(T if n_new is None else n_new, rows) if cache else max(lengths or [T])
         if longest > self.config.max_seq_len:
             raise ValueError(f"a context of {longest} tokens exceeds the model's {self.config.max_seq_len}")
         if cache is None:
-            layer_caches = [None] * len(self.layers)
+            attends: list[Attend] = [Packed(lengths, tokens.device) if lengths else attend_rows] * len(self.layers)
             if positions is None:
-                positions = torch.arange(T, device=tokens.device).expand(B, T)
+                positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths or [T]]).expand(tokens.shape)
         else:
             if n_new is not None:
                 real = (torch.arange(T, device=tokens.device) < n_new[:, None]).nonzero(as_tuple=True)
-            slots, layer_caches = cache.open(T, rows, real)
+            slots, attends = cache.open(T, rows, real)
             if positions is None:
                 positions = slots
             # In one step many rows go on by a token or two and some take a prompt: padding would be most of the work.
@@ -280,19 +315,19 @@ class LLaMA(nn.Module):
             if select is not None:
                 select = select.flatten() if real is None else select[real]
         cos, sin = rotary_angles(positions, self.config)
-        x = self.tok_embeddings(tokens)  # [B, T, D], or [N, D] with a cache
-        for layer, cached in zip(self.layers, layer_caches, strict=True):
+        x = self.tok_embeddings(tokens)  # [B, T, D], or [N, D] if packed or with a cache
+        for layer, attend in zip(self.layers, attends, strict=True):
             if gradient_checkpointing and torch.is_grad_enabled():
                 # Reentrant checkpointing gives no gradient at all where the inputs need none, as under a frozen base.
-                x = checkpoint(layer, x, cos, sin, cached, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cached)
+                x = layer(x, cos, sin, attend)
         if cache is not None:
             cache.close(T if n_new is None else n_new, rows)
         if select is not None:
             x = x[select]
         elif cache is not None:
-            x = layer_caches[0].pad(x)
+            x = attends[0].pad(x)
         return self.output(self.norm(x))
 
 
@@ -373,7 +408,7 @@ class KVCache:
 
 @dataclass
 class LayerCache:
-    """One layer's part of a KVCache during one forward pass."""
+    """One layer's part of a KVCache during one forward pass: attention to what is cached and to what is new."""
 
     keys: Tensor  # [all rows, K, capacity, hd]
     values: Tensor
@@ -381,6 +416,12 @@ class LayerCache:
     place: tuple[Tensor, Tensor]  # row and slot in the cache of each of the N real tokens
     mask: Tensor  # [B, 1, T, S] 0 where a query may look, else -inf
     real: tuple[Tensor, Tensor] | None  # row and column of each of them among the B x T (None: all are real)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [N, H, hd], k and v [N, K, hd] -> [N, H, hd]"""
+        k, v = self.append(k, v)  # [B, K, S, hd]
+        y = attention(self.pad(q).transpose(1, 2), k, v, self.mask).transpose(1, 2)
+        return y.flatten(0, 1) if self.real is None else y[self.real]  # without what is padding
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new k and v [N, K, hd]; return all keys and values up to S, [B, K, S, hd]."""
@@ -393,17 +434,12 @@ class LayerCache:
         return self.keys[self.rows, :, :size], self.values[self.rows, :, :size]
 
     def pad(self, x: Tensor) -> Tensor:
-        """[N, ...] -> [B, T, ...], zeros where there is no token."""
-        shape = (self.mask.shape[0], self.mask.shape[2], *x.shape[1:])
-        if self.real is None:
-            return x.view(shape)
-        padded = x.new_zeros(shape)
-        padded[self.real] = x
-        return padded
+        """[N, ...] -> [B, T, ...]"""
+        shape = self.mask.shape[0], self.mask.shape[2]
+        return x.view(*shape, *x.shape[1:]) if self.real is None else pad(x, self.real, shape)
 
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [N, ...], without what is padding."""
-        return x.flatten(0, 1) if self.real is None else x[self.real]
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values of the new tokens -> what they attend to
 
 
 class Tokenizer:

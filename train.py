@@ -23,7 +23,7 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import lora
@@ -75,7 +75,7 @@ class TrainConfig:
     batch_size: int = 32
     """contexts per step"""
     micro_tokens: int = 4096
-    """padded tokens per forward pass; a step takes as many passes as it needs"""
+    """tokens per forward pass, or one context; a step takes as many passes as it needs"""
     lr: float | None = None
     """peak learning rate (default: the best found for the method, LEARNING_RATES): reached after `warmup` steps, falling
     linearly to 0 over the last `decay` of the run"""
@@ -223,27 +223,32 @@ class Data:
 
 
 def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example]]:
-    """Group examples of like length, at most max_tokens padded tokens a group (or one example)."""
+    """Group examples of like length, at most max_tokens tokens a group (or one example)."""
     groups: list[list[Example]] = []
     for e in sorted(examples, key=lambda e: len(e.tokens)):
-        if groups and (len(groups[-1]) + 1) * len(e.tokens) <= max_tokens:
+        if groups and sum(len(x.tokens) for x in groups[-1]) + len(e.tokens) <= max_tokens:
             groups[-1].append(e)
         else:
             groups.append([e])
     return groups
 
 
-def collate(examples: list[Example], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """tokens, labels and positions, [B, T] each, padded on the right (token 0, no label)."""
-    T = max(len(e.tokens) for e in examples)
+@dataclass
+class Batch:
+    """Examples packed one after another, N tokens in all: no padding."""
 
-    def pad(rows: list, value: float, dtype: torch.dtype) -> Tensor:
-        return torch.tensor([row + [value] * (T - len(row)) for row in rows], dtype=dtype, device=device)
+    tokens: Tensor  # [N]
+    labels: Tensor  # [N]
+    positions: Tensor  # [N]
+    lengths: list[int]  # of the examples
 
-    return (
-        pad([e.tokens for e in examples], 0, torch.long),
-        pad([e.labels for e in examples], IGNORE, torch.long),
-        pad([e.positions for e in examples], 0.0, torch.float32),
+
+def pack(examples: list[Example], device: torch.device) -> Batch:
+    return Batch(
+        torch.tensor([t for e in examples for t in e.tokens], device=device),
+        torch.tensor([t for e in examples for t in e.labels], device=device),
+        torch.tensor([p for e in examples for p in e.positions], device=device),
+        [len(e.tokens) for e in examples],
     )
 
 
@@ -251,12 +256,13 @@ def n_targets(examples: list[Example]) -> int:
     return sum(label != IGNORE for e in examples for label in e.labels)
 
 
-def loss_sum(model: LLaMA, batch: tuple[Tensor, Tensor, Tensor], gradient_checkpointing: bool = False) -> Tensor:
+def loss_sum(model: LLaMA, b: Batch, gradient_checkpointing: bool = False) -> Tensor:
     """Summed cross-entropy (nats) over the labelled places; only there are logits computed."""
-    tokens, labels, positions = batch
-    select = labels != IGNORE
-    logits = model(tokens, positions=positions, select=select, gradient_checkpointing=gradient_checkpointing)
-    return F.cross_entropy(logits.float(), labels[select], reduction="sum")
+    select = b.labels != IGNORE
+    logits = model(
+        b.tokens, positions=b.positions, lengths=b.lengths, select=select, gradient_checkpointing=gradient_checkpointing
+    )
+    return F.cross_entropy(logits.float(), b.labels[select], reduction="sum")
 
 
 def autocast(model: LLaMA, dtype: torch.dtype) -> torch.autocast:
@@ -270,7 +276,7 @@ def evaluate(model: LLaMA, examples: list[Example], dtype: torch.dtype, max_toke
     total = 0.0
     for group in micro_batches(examples, max_tokens):
         with autocast(model, dtype):
-            total += loss_sum(model, collate(group, model.device)).item()
+            total += loss_sum(model, pack(group, model.device)).item()
     return total / n_targets(examples)
 
 
@@ -329,6 +335,46 @@ def trainable(model: LLaMA) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update of each matrix is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+
+    The arithmetic of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), in fp32: bf16, which that one computes in, takes more than
+    twice as long as the rest of a step on a CPU without bf16 instructions. Matrices of the same shape go through in one batch.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @staticmethod
+    def orthogonalize(x: Tensor) -> Tensor:
+        """[..., rows, columns] -> about U V^T of its singular value decomposition, by five Newton-Schulz iterations."""
+        tall = x.shape[-2] > x.shape[-1]
+        x = x.mT if tall else x
+        x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        return x.mT if tall else x
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            same_shape: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                same_shape.setdefault(p.shape, []).append(p)
+            for shape, params in same_shape.items():
+                updates = []
+                for p in params:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov's
+                for p, update in zip(params, self.orthogonalize(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)  # as large as AdamW's
+
+
 def optimizers(c: TrainConfig, model: LLaMA) -> list[torch.optim.Optimizer]:
     """AdamW; for whole models Muon on the matrices of the blocks, which leaves the plateau before copying is learned sooner."""
     parameters = trainable(model)
@@ -337,7 +383,7 @@ def optimizers(c: TrainConfig, model: LLaMA) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in parameters.items() if p.dim() == 2 and "layers." in name]
     others = [p for name, p in parameters.items() if not (p.dim() == 2 and "layers." in name)]
     return [
-        torch.optim.Muon(matrices, lr=c.lr, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=c.lr, weight_decay=c.weight_decay),
         torch.optim.AdamW(others, lr=c.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
@@ -466,7 +512,7 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
         total = 0.0
         for group in micro_batches(examples, c.micro_tokens):
             with autocast(model, dtype):
-                loss = loss_sum(model, collate(group, device), c.gradient_checkpointing)
+                loss = loss_sum(model, pack(group, device), c.gradient_checkpointing)
             (loss / targets).backward()  # the mean is over the targets of the whole step
             total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), c.clip).item()

@@ -69,7 +69,7 @@ def gradients(model, batch, max_tokens, checkpointing=False):
     model.train()
     total = 0.0
     for group in train.micro_batches(batch, max_tokens):
-        loss = train.loss_sum(model, train.collate(group, torch.device("cpu")), checkpointing) / train.n_targets(batch)
+        loss = train.loss_sum(model, train.pack(group, torch.device("cpu")), checkpointing) / train.n_targets(batch)
         loss.backward()
         total += loss.item()
     found = {n: p.grad.clone() for n, p in train.trainable(model).items()}
@@ -191,3 +191,24 @@ def test_the_tokenizer_is_the_shipped_one(tmp_path, tokenizer):
     again = llama.Tokenizer(tmp_path / "tokenizer.model")
     assert [again.sp.id_to_piece(i) for i in range(512)] == [tokenizer.sp.id_to_piece(i) for i in range(512)]
     assert (again.sp.unk_id(), again.bos_id, again.eos_id, again.sp.pad_id()) == (0, 1, 2, -1)
+
+
+def test_muon_is_that_of_torch_in_fp32():
+    shapes = [(48, 32), (32, 48), (32, 48), (32, 32)]
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in shapes]
+    grads = [[torch.randn(shape) for shape in shapes] for _ in range(4)]
+
+    def run(make):
+        params = [torch.nn.Parameter(p.clone()) for p in start]
+        optimizer = make(params)
+        for step in grads:
+            for p, g in zip(params, step, strict=True):
+                p.grad = g.clone()
+            optimizer.step()
+        return [(p - p0).detach() for p, p0 in zip(params, start, strict=True)]
+
+    ours = run(lambda params: train.Muon(params, lr=0.02, weight_decay=0.1))
+    theirs = run(lambda params: torch.optim.Muon(params, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    for x, y in zip(ours, theirs, strict=True):
+        assert (x - y).norm() < 0.02 * y.norm()  # theirs is in bf16
