@@ -13,7 +13,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 import lora
 import model as llama
 from model import UserError
-from recurse import Decoder, Engine, Limits, bounds, load_solver
+from recurse import Counts, Decoder, Engine, Limits, bounds, cache_bytes, load_solver
 from tasks import METHODS, TASKS
 
 
@@ -53,10 +53,12 @@ class EvalConfig:
     """folder of one adapter (with --task and --method)"""
     base: Path | None = None
     """folder of the base model (default: the one that an adapter was trained on)"""
-    cache_gib: float = 2.0
-    """memory for keys and values"""
+    kv_budget: float | None = None
+    """GiB for keys and values; a suspended context that does not fit is encoded again (default: by the free memory)"""
     batch: int = Limits.batch
-    """problems at once"""
+    """contexts at once"""
+    share: bool = True
+    """solve a subproblem that several problems have once"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -85,9 +87,6 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
     centre = p + z * z / (2 * n)
     spread = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
-
-
-COUNTS = ("tokens_generated", "tokens_forwarded", "tokens_guessed", "tokens_accepted")  # see recurse.Problem
 
 
 # --- what is to be evaluated -------------------------------------------------------------------------------------
@@ -199,7 +198,8 @@ def run_cell(cell: Cell, key: str, decoder: Decoder, partial: Partial) -> Iterat
             "index": index,
             "correct": result.ending == "answer" and task.judge(cell.problems[index], result.text, cell.method),
             "ending": result.ending,
-            **{count: getattr(result, count) for count in COUNTS},
+            **asdict(result.counts),
+            "peak_cache_bytes": decoder.peak_bytes,
             "seconds": now - before,  # since the one before: they sum up to the cell's
         }
         before = now
@@ -219,7 +219,8 @@ def summary(cell: Cell, records: list[dict]) -> dict:
         "accuracy": correct / n,
         "ci95": [round(x, 4) for x in wilson(correct, n)],
         "endings": dict(Counter(r["ending"] for r in records)),
-        **{key: sum(r[key] for r in records) for key in COUNTS},
+        **{f.name: sum(r[f.name] for r in records) for f in fields(Counts)},
+        "peak_cache_bytes": max(r["peak_cache_bytes"] for r in records),
         "seconds": round(sum(r["seconds"] for r in records), 2),
     }
 
@@ -238,7 +239,7 @@ def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
                 model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
                 engine, loaded = Engine(model), cell.adapter
             limits = bounds(TASKS[cell.task], cell.problems, cell.method, tokenizer)
-            limits = Limits(cache_bytes=int(c.cache_gib * 1024**3), batch=c.batch, **limits)
+            limits = Limits(cache_bytes=cache_bytes(c.kv_budget, device), batch=c.batch, share=c.share, **limits)
             for record in run_cell(cell, key, Decoder(engine, tokenizer, limits), partial):
                 done.append(record)
                 right = sum(r["correct"] for r in done)
@@ -306,8 +307,8 @@ def plot(results: list[dict], path: Path) -> bool:
 
 
 def main(c: EvalConfig) -> None:
-    if c.n < 1 or c.batch < 1 or not 0 < c.cache_gib < math.inf:
-        raise UserError("expected --n and --batch of 1 or more, --cache-gib above 0")
+    if c.n < 1 or c.batch < 1 or not (c.kv_budget is None or 0 < c.kv_budget < math.inf):
+        raise UserError("expected --n and --batch of 1 or more, --kv-budget above 0")
     if not all(1 <= length <= 4000 for length in c.lengths):  # Python converts integers of up to 4300 digits
         raise UserError(f"--lengths {' '.join(map(str, c.lengths))}: expected lengths of 1 to 4000")
     todo = cells(c)
@@ -321,6 +322,7 @@ def main(c: EvalConfig) -> None:
         "device": str(device),
         "dtype": str(llama.pick_dtype(c.dtype, device)),
         "batch": c.batch,
+        "share": c.share,
     }
     work = hashlib.sha256(json.dumps([settings, [cell.key for cell in todo]]).encode()).hexdigest()[:8]
     try:

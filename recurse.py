@@ -8,14 +8,16 @@ answer it is popped, the answer is appended as `Return: ...` to its caller's cac
 
 `Decoder.solve` runs many problems at once, each with a stack of its own whose top frame is live: it owns a row of the
 `Engine`, which holds the model and the KV cache. Read `Frame`, then `Decoder._segment_written`: that is the mechanism.
+Around it: `Shared` (the same subproblem is solved once), `Lookup` (guesses, to write several tokens in one forward pass).
 """
 
 import json
 import math
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,7 +39,7 @@ class Frame:
     """One context, from its prompt to its end."""
 
     depth: int  # 0 for the problem itself
-    segments: list[Segment]  # given and written so far
+    segments: list[Segment]  # given and written so far; the first is the prompt
     tokens: list[int]  # ids in the cache
     pending: list[int]  # ids to be fed next: a given segment, or the last token written
     lookup: "Lookup"  # guesses what it writes next
@@ -45,6 +47,21 @@ class Frame:
     saved: tuple[Tensor, Tensor] | None = None  # keys and values, while suspended
     ending: str | None = None
     value: str | None = None  # what is returned, if the ending is "answer"
+
+
+@dataclass
+class Counts:
+    """The work done for a problem."""
+
+    frames: int = 0  # contexts run
+    frames_shared: int = 0  # calls answered by a context that was run before, or for another problem
+    tokens_generated: int = 0  # written by the model, each end of a segment counted as one
+    tokens_forwarded: int = 0  # fed to it: what is given, what it wrote, guesses, and what had to be fed again; in particular
+    tokens_prompt: int = 0
+    tokens_returned: int = 0
+    tokens_guessed: int = 0
+    tokens_accepted: int = 0  # guesses that the model wrote indeed
+    tokens_refed: int = 0  # of suspended contexts whose cache had been given up
 
 
 @dataclass
@@ -57,12 +74,10 @@ class Problem:
     frames: list[Frame] = field(default_factory=list)  # all of them, in the order they were pushed, if asked for
     ending: str | None = None
     text: str | None = None  # what the first frame wrote last, if the ending is "answer"
-    n_frames: int = 0
     deepest: int = 0
-    tokens_generated: int = 0  # written by the model, each end of a segment counted as one
-    tokens_forwarded: int = 0  # fed to it: prompts, returns, what it wrote, guesses, and what had to be fed again
-    tokens_guessed: int = 0  # guesses that were fed
-    tokens_accepted: int = 0  # those of them that the model wrote indeed
+    counts: Counts = field(default_factory=Counts)
+    called: str | None = None  # the prompt that its top frame, suspended, waits for: another problem runs it
+    parked: bool = False  # has given its row up
 
 
 @dataclass
@@ -71,7 +86,8 @@ class Limits:
     max_tokens: int = 200_000  # written for one problem, over all its frames
     max_segment_tokens: int = 200_000  # written in one segment
     cache_bytes: int = 2 * 1024**3  # keys and values, of live and suspended frames together
-    batch: int = 128  # problems at once
+    batch: int = 128  # live frames at once
+    share: bool = True  # solve the same subproblem once, under greedy decoding
     draft: int = 7  # tokens guessed at once, to be checked in one forward pass; 0: none
 
 
@@ -94,9 +110,11 @@ class Decoder:
     ):
         self.engine, self.tokenizer, self.limits = engine, tokenizer, limits or Limits()
         self.draft = self.limits.draft if engine.greedy else 0
+        self.shared = Shared()
         self.keep_frames, self.on_segment = keep_frames, on_segment or (lambda *_: None)
         self.suspended: dict[int, Frame] = {}  # frames that hold a cache, by id, the oldest first
         self.suspended_bytes = 0
+        self.peak_bytes = 0  # of keys and values, live and suspended, in the last `solve`
 
     def solve(self, prompts: Sequence[str]) -> Iterator[Problem]:
         """Yield each problem as it ends. (An order of its own: `Problem.index` says which prompt it was.)"""
@@ -104,19 +122,21 @@ class Decoder:
         longest = max((len(self.tokenizer.start(p)) for p in prompts), default=0)
         n_rows = min(len(waiting), self.engine.rows_for(longest, self.limits))
         self.engine.reset(n_rows)
+        self.shared, self.peak_bytes = Shared(), 0
         live: dict[int, Problem] = {}  # row -> problem
-        while waiting or live:
+        while waiting or live or self.shared.ready:
             for row in range(n_rows):
-                if row not in live and waiting:
-                    live[row] = waiting.popleft()
-                    self._push(row, live[row], live[row].prompt)
+                while row not in live and (waiting or self.shared.ready):
+                    live[row] = (self.shared.ready or waiting).popleft()
+                    self._start(row, live[row])
+                    self._take_out(live)
             for problem in live.values():
                 self._check_limits(problem)
-            yield from self._ended(live)
+            yield from self._take_out(live)
             if not live:
                 continue
             self._step(live)
-            yield from self._ended(live)
+            yield from self._take_out(live)
 
     def _step(self, live: dict[int, Problem]) -> None:
         """One forward pass: every live frame is fed some of what is given to it, or its last token and a guess at the next."""
@@ -132,7 +152,7 @@ class Decoder:
             chunk, guess = frame.pending[:most], []
             if len(chunk) == len(frame.pending) and most:
                 room = min(most, self.engine.max_seq_len - len(frame.tokens)) - len(chunk)
-                total, segment = problem.tokens_generated, len(frame.writing)  # one more than is guessed will be written
+                total, segment = problem.counts.tokens_generated, len(frame.writing)  # one more than is guessed will be written
                 left = min(self.limits.max_tokens - total, self.limits.max_segment_tokens - segment) - 1
                 guess = frame.lookup.guess(min(room, left))
             chunks.append(chunk + guess)
@@ -141,15 +161,15 @@ class Decoder:
         self._make_room(self.engine.nbytes_for(rows, chunks))
         for row, chunk, guessed, written_ids in zip(rows, chunks, n_guessed, self.engine.feed(rows, chunks, wanted), strict=True):
             problem, frame = live[row], live[row].stack[-1]
-            problem.tokens_forwarded += len(chunk)
-            problem.tokens_guessed += guessed
+            problem.counts.tokens_forwarded += len(chunk)
+            problem.counts.tokens_guessed += guessed
             n_given = len(chunk) - guessed
             frame.tokens += frame.pending[:n_given]
             frame.pending = frame.pending[n_given:]
             if not written_ids:
                 continue  # there is more to be given
-            problem.tokens_generated += len(written_ids)
-            problem.tokens_accepted += len(written_ids) - 1
+            problem.counts.tokens_generated += len(written_ids)
+            problem.counts.tokens_accepted += len(written_ids) - 1
             frame.tokens += written_ids[:-1]  # these are in the cache already; the last one is to be fed
             if written_ids[-1] == self.tokenizer.eos_id:
                 frame.writing += written_ids[:-1]
@@ -160,11 +180,22 @@ class Decoder:
                 frame.writing += written_ids
                 frame.lookup.extend(written_ids)
 
-    def _ended(self, live: dict[int, Problem]) -> Iterator[Problem]:
-        """Take out the problems that have ended, and free their rows."""
-        for row in [row for row, problem in live.items() if problem.ending]:
+    def _start(self, row: int, problem: Problem) -> None:
+        """Get a problem going in a row: a new one, or one that has waited for another to be done with what it called."""
+        problem.parked = False
+        if not problem.stack:
+            self._push(row, problem, problem.prompt)
+        elif problem.called:
+            self._call(row, problem, problem.called)
+        else:
+            self._restore(row, problem)
+
+    def _take_out(self, live: dict[int, Problem]) -> list[Problem]:
+        """Free the rows of the problems that have ended, which are returned, and of those that wait for another one."""
+        idle = [row for row, problem in live.items() if problem.ending or problem.parked]
+        for row in idle:
             self.engine.clear(row)
-            yield live.pop(row)
+        return [problem for problem in map(live.pop, idle) if problem.ending]
 
     # The mechanism.
 
@@ -175,8 +206,10 @@ class Decoder:
         caller = problem.stack[-1].tokens if problem.stack else []  # for guesses only: what is fed is the prompt alone
         frame = Frame(len(problem.stack), [given(prompt)], [], ids, Lookup([*caller, *ids]))
         problem.stack.append(frame)
-        problem.n_frames += 1
+        problem.counts.frames += 1
+        problem.counts.tokens_prompt += len(ids)
         problem.deepest = max(problem.deepest, frame.depth)
+        self.shared.begun(problem, prompt)
         if self.keep_frames:
             problem.frames.append(frame)
         self.on_segment(problem, frame, frame.segments[0])
@@ -195,18 +228,42 @@ class Decoder:
                 self._fail(problem, "max-depth")
             else:
                 self._suspend(row, frame)
-                self._push(row, problem, callee[:-1] + SOLUTION)
+                self._call(row, problem, callee[:-1] + SOLUTION)
         elif not return_value(text).strip():
             self._fail(problem, "no-answer")
         else:
             frame.ending, frame.value = "answer", return_value(text)
             self.on_segment(problem, frame, None)
             problem.stack.pop()
+            for other in self.shared.ended(problem, frame):
+                self._return(other, frame.value)
             if problem.stack:
-                self._resume(row, problem.stack[-1], returned(frame.value))
-                self.on_segment(problem, problem.stack[-1], problem.stack[-1].segments[-1])
+                self._return(problem, frame.value)
+                self._restore(row, problem)
             else:
                 problem.ending, problem.text = "answer", text
+
+    def _call(self, row: int, problem: Problem, prompt: str) -> None:
+        """Have a subproblem solved for the suspended top frame: in a frame of its own, or by what has been or is being done."""
+        problem.called = None
+        share = self.limits.share and self.engine.greedy
+        if share and prompt in self.shared.values:
+            problem.counts.frames_shared += 1
+            self._return(problem, self.shared.values[prompt])
+            self._restore(row, problem)
+        elif share and self.shared.wait(problem, prompt):
+            problem.called, problem.parked = prompt, True
+        else:
+            self._push(row, problem, prompt)
+
+    def _return(self, problem: Problem, value: str) -> None:
+        """Append a callee's value to the suspended context that called: as a given segment."""
+        frame, text = problem.stack[-1], returned(value)
+        frame.segments.append(given(text))
+        frame.pending = self.tokenizer.segment(text)
+        frame.lookup.extend(frame.pending)
+        problem.counts.tokens_returned += len(frame.pending)
+        self.on_segment(problem, frame, frame.segments[-1])
 
     def _suspend(self, row: int, frame: Frame) -> None:
         frame.saved = self.engine.take(row)
@@ -218,6 +275,7 @@ class Decoder:
         """Out of memory: the oldest frames forget their keys and values, as they resume last. They will be fed again."""
         while self.suspended_bytes + live_bytes > self.limits.cache_bytes and self.suspended:
             self._forget(next(iter(self.suspended.values())))
+        self.peak_bytes = max(self.peak_bytes, self.suspended_bytes + live_bytes)
 
     def _forget(self, frame: Frame) -> None:
         if frame.saved is not None:
@@ -225,16 +283,15 @@ class Decoder:
             frame.saved = None
             del self.suspended[id(frame)]
 
-    def _resume(self, row: int, frame: Frame, text: str) -> None:
-        """Append a given segment to a suspended context, on top of its own cache."""
-        frame.segments.append(given(text))
-        frame.pending = self.tokenizer.segment(text)
-        frame.lookup.extend(frame.pending)
+    def _restore(self, row: int, problem: Problem) -> None:
+        """Make the suspended top frame live again: on top of its own cache, or by feeding it once more."""
+        frame = problem.stack[-1]
         if frame.saved is not None:
             self.engine.put(row, frame.saved)
             self._forget(frame)
         else:
             self.engine.clear(row)
+            problem.counts.tokens_refed += len(frame.tokens)
             frame.pending, frame.tokens = frame.tokens + frame.pending, []
 
     def _fail(self, problem: Problem, reason: str) -> None:
@@ -243,6 +300,7 @@ class Decoder:
             frame = problem.stack.pop()
             self._forget(frame)
             frame.ending = reason
+            self.shared.ended(problem, frame)
             self.on_segment(problem, frame, None)
         problem.ending = reason
 
@@ -250,7 +308,7 @@ class Decoder:
         frame = problem.stack[-1]
         if len(frame.tokens) + len(frame.pending) > self.engine.max_seq_len:
             self._abandon(problem, "context-full")
-        elif problem.tokens_generated >= self.limits.max_tokens or len(frame.writing) >= self.limits.max_segment_tokens:
+        elif problem.counts.tokens_generated >= self.limits.max_tokens or len(frame.writing) >= self.limits.max_segment_tokens:
             self._abandon(problem, "max-tokens")
 
     def _abandon(self, problem: Problem, reason: str) -> None:
@@ -259,6 +317,52 @@ class Decoder:
             frame.segments.append(written(self.tokenizer.decode(frame.writing)))
             self.on_segment(problem, frame, frame.segments[-1])
         self._fail(problem, reason)
+
+
+class Shared:
+    """What is known of subproblems, and who is at which: so that the same prompt is run once, for all problems that call it.
+
+    Under greedy decoding the value of a frame depends on its prompt alone. A problem waits for another one unless that one,
+    in turn, waits for it; where the frame that is waited for fails, those that wait try for themselves.
+    """
+
+    def __init__(self):
+        self.values: dict[str, str] = {}  # prompt -> value
+        self.at: dict[str, Problem] = {}  # prompt -> the problem that runs it
+        self.waiting: dict[str, list[Problem]] = {}  # prompt -> problems that wait for its value
+        self.ready: deque[Problem] = deque()  # that need wait no longer, and have no row
+
+    def begun(self, problem: Problem, prompt: str) -> None:
+        self.at.setdefault(prompt, problem)
+
+    def wait(self, problem: Problem, prompt: str) -> bool:
+        """Whether the problem is to wait for another one that runs this prompt."""
+        if prompt not in self.at:
+            return False
+        other = self.at[prompt]
+        while other is not None and other is not problem:
+            other = self.at.get(other.called) if other.called else None
+        if other is problem:  # which would wait for ever
+            return False
+        self.waiting.setdefault(prompt, []).append(problem)
+        return True
+
+    def ended(self, problem: Problem, frame: Frame) -> list[Problem]:
+        """A frame has ended: those that waited for it go on. Returns them if there is a value to give them."""
+        prompt = frame.segments[0].text
+        if frame.ending == "answer":
+            self.values[prompt] = frame.value
+        if self.at.get(prompt) is not problem:
+            return []
+        del self.at[prompt]
+        released = self.waiting.pop(prompt, [])
+        self.ready += released
+        if frame.ending != "answer":
+            return []
+        for other in released:
+            other.called = None
+            other.counts.frames_shared += 1
+        return released
 
 
 class Lookup:
@@ -381,6 +485,23 @@ class Engine:
         return [results[r] for r in rows] if whole else results
 
 
+def free_bytes(device: torch.device) -> int:
+    """Half of the memory that is free on the device; of a computer at most 4 GiB, so that batches are the same on most."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not on Linux
+        return Limits.cache_bytes
+    return min(free // 2, 4 * 1024**3)
+
+
+def cache_bytes(kv_budget: float | None, device: torch.device) -> int:
+    """Bytes for keys and values, from a budget in GiB or from what is free."""
+    return free_bytes(device) if kv_budget is None else int(kv_budget * 1024**3)
+
+
 def bounds(task, problems: Sequence, method: str, tokenizer: Tokenizer) -> dict[str, int]:
     """Limits for problems whose solution is known: 100 and 1.25 times the tokens that the oracle writes, in all and in a segment.
 
@@ -410,6 +531,10 @@ class RecurseConfig:
     """folder of the base model (default: the one that the adapter was trained on)"""
     json: bool = False
     """print the frames as one JSON object instead"""
+    stats: bool = False
+    """print what work was done, too"""
+    kv_budget: float | None = None
+    """GiB for keys and values; a suspended context that does not fit is encoded again (default: by the free memory)"""
     temperature: float = 0.0
     """0 is greedy; above that, sample"""
     seed: int = 0
@@ -458,6 +583,8 @@ def main(c: RecurseConfig) -> int:
         raise UserError('the prompt is empty; expected a problem such as "73199 + 21439"')
     if not (0 <= c.temperature < math.inf and c.max_depth >= 1 and c.max_tokens >= 1 and 0 <= c.seed < 2**62):
         raise UserError("expected --temperature and --seed of 0 or more, --max-depth and --max-tokens of 1 or more")
+    if c.kv_budget is not None and not 0 < c.kv_budget < math.inf:
+        raise UserError(f"--kv-budget {c.kv_budget}: expected GiB above 0")
     found = [(task, p) for task in TASKS.values() if (p := task.from_text(c.prompt)) is not None]
     if not found:
         examples = "; ".join(t.example for t in TASKS.values())
@@ -473,27 +600,35 @@ def main(c: RecurseConfig) -> int:
     decoder = Decoder(
         Engine(model, temperature=c.temperature, seed=c.seed),
         tokenizer,
-        Limits(max_depth=c.max_depth, max_tokens=c.max_tokens),
+        Limits(max_depth=c.max_depth, max_tokens=c.max_tokens, cache_bytes=cache_bytes(c.kv_budget, device)),
         keep_frames=True,
         on_segment=None if c.json else print_segment,
     )
+    began = time.monotonic()
     (result,) = decoder.solve([prompt])
+    seconds = time.monotonic() - began
+    work = asdict(result.counts) | {
+        "peak_cache_bytes": decoder.peak_bytes,
+        "seconds": round(seconds, 3),
+        "tokens_generated_per_second": round(result.counts.tokens_generated / seconds, 1),
+    }
     answer = task.parse(result.text, c.method) if result.ending == "answer" else None
     right = result.ending == "answer" and task.judge(problem, result.text, c.method)
     if c.json:
         report = {
             "task": task.name, "method": c.method, "adapter": str(adapter), "prompt": prompt, "ending": result.ending,
             "answer": answer, "oracle": task.oracle(problem), "correct": right, "deepest": result.deepest,
-            "tokens_generated": result.tokens_generated, "tokens_forwarded": result.tokens_forwarded,
-            "tokens_guessed": result.tokens_guessed, "tokens_accepted": result.tokens_accepted,
-            "frames": [frame_to_json(f) for f in result.frames],
+            "work": work, "frames": [frame_to_json(f) for f in result.frames],
         }  # fmt: skip
         print(json.dumps(report, ensure_ascii=False))
     else:
         unread = "its answer is not readable" if result.ending == "answer" else result.ending
         verdict = f"answer: {answer}" if answer is not None else f"no answer: {unread}"
         truth = "right" if right else f"wrong, it is {task.oracle(problem)}"
-        print(f"{verdict} ({truth}); {result.n_frames} frames, {result.tokens_generated} tokens written, by {adapter}")
+        counts = result.counts
+        print(f"{verdict} ({truth}); {counts.frames} frames, {counts.tokens_generated} tokens written, by {adapter}")
+        if c.stats:
+            print("\n".join(f"{key:>28} {value:,}" for key, value in work.items()))
     return 0 if answer is not None else 1
 
 

@@ -151,7 +151,7 @@ def ours(engine: Engine, tokenizer: llama.Tokenizer, limits: Limits, prompts: li
     """Contexts and forwarded tokens."""
     decoder = Decoder(engine, tokenizer, limits, keep_frames=True)
     results = sorted(tqdm(decoder.solve(prompts), total=len(prompts), disable=None, leave=False), key=lambda r: r.index)
-    return [[f.tokens for f in r.frames] for r in results], sum(r.tokens_forwarded for r in results)
+    return [[f.tokens for f in r.frames] for r in results], sum(r.counts.tokens_forwarded for r in results)
 
 
 def main(c: Config) -> None:

@@ -92,7 +92,7 @@ def measure(c: Config) -> None:
     report = {
         "parameters": sum(p.numel() for p in model.parameters()), "model_gb": round(size / 1e9, 3),
         "load_seconds": round(seconds, 1), "load_peak_private_gb": round(peak / 1e9, 3), "peak_ratio": round(peak / size, 3),
-        "tokens": result.tokens_generated, "decode_seconds": round(decoding, 1), "ending": result.ending,
+        "tokens": result.counts.tokens_generated, "decode_seconds": round(decoding, 1), "ending": result.ending,
         "peak_private_with_decoding_gb": round((watch.peak - before) / 1e9, 3),
     }  # fmt: skip
     print(json.dumps(report))

@@ -35,7 +35,8 @@ def test_ood(tmp_path):
     for r in report["results"]:
         assert r.keys() == {
             "task", "method", "adapter", "length", "n", "correct", "accuracy", "ci95", "endings", "tokens_generated",
-            "tokens_forwarded", "tokens_guessed", "tokens_accepted", "seconds",
+            "tokens_forwarded", "tokens_prompt", "tokens_returned", "tokens_guessed", "tokens_accepted", "tokens_refed", "frames",
+            "frames_shared", "peak_cache_bytes", "seconds",
         }  # fmt: skip
         assert r["n"] == 4 == sum(r["endings"].values()) and r["accuracy"] == r["correct"] / 4
         assert r["ci95"][0] <= r["accuracy"] <= r["ci95"][1]

@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,11 +35,12 @@ def test_a_perfect_model_is_always_right(task, method, tokenizer):
     longest = 60 if task is DP else 200  # its contexts are long: 60 elements take a minute of Python less than 200
     lengths = [1, 2, 3, 15, 40, longest, 7, 1, 30] + [random.Random(0).randint(1, 20) for _ in range(60)]
     todo = problems(lengths, task=task)
-    decoder = Decoder(ScriptedEngine(perfect(tokenizer, method, task)), tokenizer, Limits(batch=8), keep_frames=True)
+    limits = Limits(batch=8, share=False)
+    decoder = Decoder(ScriptedEngine(perfect(tokenizer, method, task)), tokenizer, limits, keep_frames=True)
     for p, r in zip(todo, solve(decoder, method, todo, task), strict=True):
         assert r.ending == "answer" and task.judge(p, r.text, method)
         levels = task.levels(p, method)
-        assert r.n_frames == len(levels)
+        assert r.counts.frames == len(levels)
         assert r.deepest == (0 if method != "retuning" else p.length - (task is not DP))
         contexts = [frame.segments for frame in r.frames]
         assert contexts == [task.context(q, method) for q in levels]
@@ -49,7 +51,9 @@ def test_a_perfect_model_is_always_right(task, method, tokenizer):
 def test_a_single_wrong_token_anywhere_is_noticed(task, method, tokenizer):
     """Each token that a perfect model writes is replaced by another, in turn; the answer is never scored as right."""
     p = next(p for p in problems([4] * 20, seed=1, task=task) if task.oracle(p) != "0")  # "0" is what replaces words
-    count = solve(Decoder(ScriptedEngine(perfect(tokenizer, method, task)), tokenizer), method, [p], task)[0].tokens_generated
+    count = solve(Decoder(ScriptedEngine(perfect(tokenizer, method, task)), tokenizer), method, [p], task)[
+        0
+    ].counts.tokens_generated
     digits = tokenizer.segment("0123456789")
     for wrong in range(count):
         right, calls = perfect(tokenizer, method, task), 0
@@ -104,7 +108,8 @@ def writer(tokenizer, *texts):
     ],
 )
 def test_every_ending_has_its_name(texts, ending, tokenizer):
-    decoder = Decoder(ScriptedEngine(writer(tokenizer, *texts)), tokenizer, Limits(max_depth=20), keep_frames=True)
+    limits = Limits(max_depth=20, share=False)  # the script is no function of the context
+    decoder = Decoder(ScriptedEngine(writer(tokenizer, *texts)), tokenizer, limits, keep_frames=True)
     (r,) = decoder.solve(["1 + 2\nSolution: "])
     assert r.ending == ending
     assert (r.text is not None) == (ending == "answer")
@@ -115,35 +120,90 @@ def test_every_ending_has_its_name(texts, ending, tokenizer):
 def test_endless_text_and_endless_calls_end(tokenizer):
     digit = tokenizer.segment("7")[0]
     (r,) = Decoder(ScriptedEngine(lambda ids: digit, max_seq_len=300), tokenizer).solve(["1 + 2\nSolution: "])
-    assert r.ending == "context-full" and r.tokens_generated < 300
+    assert r.ending == "context-full" and r.counts.tokens_generated < 300
     (r,) = Decoder(ScriptedEngine(lambda ids: digit), tokenizer, Limits(max_tokens=500)).solve(["1 + 2\nSolution: "])
-    assert r.ending == "max-tokens" and r.tokens_generated == 500
+    assert r.ending == "max-tokens" and r.counts.tokens_generated == 500
     (r,) = Decoder(ScriptedEngine(lambda ids: digit), tokenizer, Limits(max_segment_tokens=50)).solve(["1 + 2\nSolution: "])
-    assert r.ending == "max-tokens" and r.tokens_generated == 50
+    assert r.ending == "max-tokens" and r.counts.tokens_generated == 50
     # A binary tree of calls has 2 ** depth frames: the limit on tokens is what ends it.
     texts = ["Call: 1 + 2\n"] * 30 + ["3", "Call: 1 + 2\n"] * 100_000
-    (r,) = Decoder(ScriptedEngine(writer(tokenizer, *texts)), tokenizer, Limits(max_tokens=5000)).solve(["1 + 2\nSolution: "])
+    limits = Limits(max_tokens=5000, share=False)
+    (r,) = Decoder(ScriptedEngine(writer(tokenizer, *texts)), tokenizer, limits).solve(["1 + 2\nSolution: "])
     assert r.ending in ("max-tokens", "max-depth")
     (r,) = Decoder(ScriptedEngine(lambda ids: digit, max_seq_len=5), tokenizer).solve(["1 + 2\nSolution: "])
-    assert r.ending == "context-full" and r.tokens_generated == 0, "a prompt longer than the context"
+    assert r.ending == "context-full" and r.counts.tokens_generated == 0, "a prompt longer than the context"
 
 
-def test_hostile_output(tokenizer):
-    """Random tokens, endless digits, calls, half calls, nothing but EOS: all end, for a named reason, and give memory back."""
-    rng, queue = random.Random(0), []
+@pytest.mark.parametrize("share", [True, False])
+def test_hostile_output(share, tokenizer):
+    """10,000 contexts that a hostile model writes: all end, for a named reason, within the limits, and give memory back.
+
+    Random tokens, endless digits, calls to itself, to each other and to longer problems, half a call, nothing but EOS,
+    bytes that are not UTF-8.
+    """
+    calls = [f"Call: {a} + {b}\n" for a in (1, 2, 33, 456) for b in (1, 2, 789)]
+    texts = [*calls, "Call: 9", "Call: ", "Return: 1\nAnswer: 2", "7" * 300, "", "3", "Carry 0, Output 3", "\n"]
+    not_utf8 = [tokenizer.sp.piece_to_id(f"<0x{b:02X}>") for b in (0xFF, 0xC3, 0xE2, 0x80)]
+    plans = {}  # a context -> what is written there: equal contexts go on alike, as a model's do
 
     def write(ids):
-        if not queue:
-            text = rng.choice(["Call: 1 + 2\n", "Call: 1 + 2\n", "Call: 9", "Call: ", "Return: 1\nAnswer: 2", "7" * 450, "", "3"])
-            noise = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.choice((0, 0, 5, 30)))]
-            queue.extend([*tokenizer.segment(text), *noise, tokenizer.eos_id])
-        return queue.pop(0)
+        rest = plans.get(tuple(ids))
+        if rest is None:
+            rng = random.Random(str(ids))
+            noise = rng.choices([*not_utf8, *range(tokenizer.vocab_size)], k=rng.choice((0, 0, 0, 0, 5, 30)))
+            rest = [*tokenizer.segment(rng.choice(texts)), *noise, tokenizer.eos_id]
+        plans[(*ids, rest[0])] = rest[1:] or None
+        return rest[0]
 
-    decoder = Decoder(ScriptedEngine(write, max_seq_len=400), tokenizer, Limits(max_depth=6, max_tokens=1500, batch=50))
-    results = list(decoder.solve([f"{i} + 1\nSolution: " for i in range(500)]))
-    assert len(results) == 500 and {r.ending for r in results} <= set(ENDINGS)
-    assert len({r.ending for r in results}) >= 4
-    assert decoder.suspended_bytes == 0 and not decoder.suspended
+    frames, endings = 0, set()
+    for batch in range(10):
+        plans.clear()
+        limits = Limits(max_depth=4, max_tokens=150, batch=40, share=share)
+        decoder = Decoder(ScriptedEngine(write, max_seq_len=120), tokenizer, limits)
+        results = list(decoder.solve([f"{batch} + {i}\nSolution: " for i in range(500)]))
+        assert len(results) == 500
+        assert all(r.deepest < 4 and r.counts.tokens_generated <= 150 for r in results)
+        assert decoder.suspended_bytes == 0 and not decoder.suspended and not decoder.shared.at and not decoder.shared.waiting
+        frames += sum(r.counts.frames for r in results)
+        endings |= {r.ending for r in results}
+    assert endings == set(ENDINGS) if not share else endings <= set(ENDINGS) and len(endings) >= 4
+    assert frames >= (5_000 if share else 10_000)
+
+
+def test_what_is_shared_is_run_once(tokenizer):
+    """The same answers as without sharing, with fewer contexts: in step, one after the other, and for the same problem twice."""
+    todo = problems([1, 9, 9, 2, 12, 5] * 10, task=TASKS["parity"])
+    todo += todo[:3]
+
+    def run(**limits):
+        engine = ScriptedEngine(perfect(tokenizer, "retuning", TASKS["parity"]))
+        results = solve(Decoder(engine, tokenizer, Limits(**limits)), "retuning", todo, TASKS["parity"])
+        return [(r.ending, r.text) for r in results], results
+
+    plain, apart = run(share=False)
+    assert all(ending == "answer" for ending, _ in plain)
+    levels = {level.bits for p in todo for level in TASKS["parity"].levels(p, "retuning")[1:]}
+    for batch in (1, 7, 63):
+        answers, shared = run(batch=batch)
+        assert answers == plain
+        # Each level that is called is run once; but the problems themselves run whether or not another one has called them.
+        assert sum(r.counts.frames for r in shared) <= len(levels) + len(todo) < sum(r.counts.frames for r in apart)
+        assert sum(r.counts.frames_shared for r in shared) > 30
+
+
+def test_problems_that_call_each_other_do_not_wait_for_ever(tokenizer):
+    """a calls b and b calls a, and both are asked: each has to find its end by itself."""
+    other = {"1 + 2": "2 + 1", "2 + 1": "1 + 2"}
+
+    def write(ids):
+        prompt, _, written = tokenizer.sp.decode(ids).partition("\nSolution: ")
+        text = [*tokenizer.segment(f"Call: {other[prompt]}\n"), tokenizer.eos_id]
+        return text[len(tokenizer.segment(written)) if written else 0]
+
+    limits = Limits(max_depth=9)
+    for prompts in (["1 + 2\nSolution: "], ["1 + 2\nSolution: ", "2 + 1\nSolution: "] * 3):
+        results = list(Decoder(ScriptedEngine(write), tokenizer, limits).solve(prompts))
+        assert [r.ending for r in results] == ["max-depth"] * len(prompts)
 
 
 class UncachedEngine(ScriptedEngine):
@@ -158,7 +218,8 @@ class UncachedEngine(ScriptedEngine):
 
 
 def traces(engine, tokenizer, limits, prompts):
-    decoder = Decoder(engine, tokenizer, limits, keep_frames=True)
+    """The tokens of every context. (Which of them are shared depends on the batch.)"""
+    decoder = Decoder(engine, tokenizer, replace(limits, share=False), keep_frames=True)
     results = sorted(decoder.solve(prompts), key=lambda r: r.index)
     return [(r.ending, [(f.depth, f.tokens, f.ending) for f in r.frames]) for r in results]
 
@@ -248,7 +309,7 @@ def test_little_memory_gives_the_same_tokens(solver):
     engine = Engine(model)
     bound = 6 * 128 * llama.KVCache.bytes_per_position(model.config, torch.float32)
     engine.rows_for = lambda *_: 6
-    decoder = Decoder(engine, tokenizer, Limits(cache_bytes=bound), keep_frames=True)
+    decoder = Decoder(engine, tokenizer, Limits(cache_bytes=bound, share=False), keep_frames=True)
     most, feed = 0, engine.feed
 
     def watch(rows, chunks, wanted):
@@ -261,8 +322,10 @@ def test_little_memory_gives_the_same_tokens(solver):
     results = sorted(decoder.solve(prompts), key=lambda r: r.index)
     assert [(r.ending, [(f.depth, f.tokens, f.ending) for f in r.frames]) for r in results] == plenty
     assert most <= bound
-    full = list(Decoder(Engine(model), tokenizer, Limits()).solve(prompts))
-    assert sum(r.tokens_forwarded for r in results) > sum(r.tokens_forwarded for r in full), "nothing was fed again"
+    assert decoder.peak_bytes == most
+    full = list(Decoder(Engine(model), tokenizer, Limits(share=False)).solve(prompts))
+    refed = sum(r.counts.tokens_refed for r in results)
+    assert refed > 0 == sum(r.counts.tokens_refed for r in full), "nothing was fed again"
 
 
 def test_number_of_problems_at_once_follows_the_memory():
@@ -279,7 +342,7 @@ def test_sampling_is_seeded():
 
     def draw(seed, temperature=1.0):
         engine = Engine(random_model(), temperature=temperature, seed=seed)
-        return traces(engine, tokenizer, Limits(max_depth=3), ["1 + 2\nSolution: "] * 3)
+        return traces(engine, tokenizer, Limits(max_depth=3, max_tokens=60), ["1 + 2\nSolution: "] * 3)
 
     assert draw(1) == draw(1) != draw(2)
     assert draw(1, 0.0) == draw(2, 0.0)
