@@ -1,6 +1,7 @@
 """Fine-tune a LLaMA with LoRA on one task by one method; or train all of its parameters, as the shipped base was (--full).
 
     python train.py --task addition --method retuning
+    torchrun --nproc-per-node 2 train.py --task addition     # on two devices: the same batch, half of it each
 
 In the order of the pipeline: the configuration, examples (contexts as token ids and labels), batches, the loss, the
 optimizer, the loop. A run leaves in runs/<task>-<method>/ the adapter, train_config.json and metrics.jsonl.
@@ -9,6 +10,7 @@ optimizer, the loop. A run leaves in runs/<task>-<method>/ the adapter, train_co
 import contextlib
 import json
 import math
+import os
 import pickle
 import random
 import sys
@@ -23,7 +25,8 @@ import sentencepiece
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import lora
@@ -112,7 +115,7 @@ PRESETS: dict[str, dict] = {
         stretch=1.0, replay=0.0,
     ),
     "base": dict(
-        task="primer", full=True, from_scratch=True, steps=4500, batch_size=32, lr=2e-3, warmup=100, decay=0.5,
+        task="primer", full=True, from_scratch=True, steps=2700, batch_size=32, lr=3e-3, warmup=20, decay=0.5,
         weight_decay=0.01, replay=0.0,
     ),
 }  # fmt: skip
@@ -177,9 +180,13 @@ def stretch(example: Example, is_boundary: list[bool], rng: random.Random, facto
         example.positions = [float(p) for p in sorted(rng.sample(range(int(n * scale) + 1), n))]
 
 
-def primer_items(progress: float, longest: int = 128) -> int:
-    """Curriculum of the primer: sequences of 8 items at first, of up to 128 in the second half of the run."""
-    return int(8 * (longest / 8) ** min(1.0, progress * 2))
+def curriculum(progress: float) -> float:
+    """How far a base trained from scratch is on the way to long sequences and stretched positions, from 0 to 1.
+
+    Copying is learned several times sooner on short sequences at ordinary positions, so these are all there is at first; from
+    half of the run on it has to do with all of it.
+    """
+    return min(1.0, max(0.0, (progress - 0.15) / 0.35))
 
 
 class Data:
@@ -192,31 +199,32 @@ class Data:
     def step(self, step: int) -> list[Example]:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
-        primer = Primer(primer_items(step / self.c.steps) if self.c.from_scratch else 128)
+        difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
+        primer = Primer(int(8 * 16**difficulty))  # sequences of up to 128 items in the end
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
-                context = primer.training_context(rng)
-                while len(encode(context, self.tokenizer).tokens) > self.max_seq_len:
-                    context = primer.training_context(rng)
+                examples.append(self.draw(primer, rng))
             else:
-                context = TASKS[self.c.task].training_context(rng, self.c.method)
-            examples.append(self.encode(context))
+                examples.append(self.draw(TASKS[self.c.task], rng))
         for example in examples:
-            stretch(example, self.is_boundary, rng, self.c.stretch)
+            stretch(example, self.is_boundary, rng, self.c.stretch**difficulty)
         return examples
 
-    def encode(self, context: Context) -> Example:
-        """As the function of this name; a task's context that the base cannot take is an error."""
-        example = encode(context, self.tokenizer)
-        if len(example.tokens) > self.max_seq_len:
-            raise UserError(f"a training context has {len(example.tokens)} tokens, the base takes {self.max_seq_len} at most")
-        return example
+    def draw(self, task, rng: random.Random) -> Example:
+        """An example that the base can take: of the primer another one is drawn, of a task all must fit."""
+        while True:
+            example = encode(task.training_context(rng, self.c.method), self.tokenizer)
+            if len(example.tokens) <= self.max_seq_len:
+                return example
+            if not isinstance(task, Primer):
+                size = len(example.tokens)
+                raise UserError(f"a training context has {size} tokens, the base takes {self.max_seq_len} at most")
 
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
         rng = random.Random(f"validation-{self.c.seed}")
         task = Primer() if self.c.task == "primer" else TASKS[self.c.task]
-        return [self.encode(task.training_context(rng, self.c.method)) for _ in range(n)]
+        return [self.draw(task, rng) for _ in range(n)]
 
 
 # --- batches and the loss ----------------------------------------------------------------------------------------
@@ -299,10 +307,10 @@ def train_tokenizer(path: Path) -> None:
 
 
 def init_weights(model: LLaMA) -> None:
-    """Normal, of variance 1 / fan-in; less for what is added to the residual stream, so that it starts nearly empty."""
+    """Normal, of variance 1 / fan-in; less for what is added to the residual stream, so that tokens stay to be told in it."""
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            std = p.shape[1] ** -0.5 if "layers." in name else 0.02
+            std = p.shape[1] ** -0.5 if "layers." in name else 0.5 if "tok_embeddings" in name else 0.02
             torch.nn.init.normal_(p, std=std * (0.3 if name.endswith(("wo.weight", "w2.weight")) else 1.0))
 
 
@@ -490,46 +498,78 @@ class Metrics:
 # --- the loop ----------------------------------------------------------------------------------------------------
 
 
+class Clock:
+    """Seconds spent on each part of the loop. (A GPU's work is queued: its seconds show where the loop waits for it.)"""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+    def __str__(self) -> str:
+        total = sum(self.seconds.values())
+        return ", ".join(f"{part} {seconds / total:.1%}" for part, seconds in self.seconds.items())
+
+
 def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> None:
-    device, dtype = model.device, getattr(torch, c.dtype)
+    device, dtype, (rank, size) = model.device, getattr(torch, c.dtype), processes()
     data = Data(c, tokenizer, model.config.max_seq_len)
     opts = optimizers(c, model)
     start, seconds = load_checkpoint(folder, model, opts)
-    metrics = Metrics(folder / "metrics.jsonl", start)
-    count = sum(p.numel() for p in trainable(model).values())
-    print(f"{folder}: {count:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}, {dtype} on {device}")
+    parallel = DistributedDataParallel(model) if size > 1 else model  # sees to it that all have the mean of their gradients
+    if rank == 0:
+        metrics = Metrics(folder / "metrics.jsonl", start)
+        count = sum(p.numel() for p in trainable(model).values())
+        where = f"{device}, {size} processes" if size > 1 else str(device)
+        print(f"{folder}: {count:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}, {dtype} on {where}")
 
-    began = time.monotonic() - seconds
-    bar = tqdm(range(start, c.steps), initial=start, total=c.steps, unit="step", disable=None, mininterval=1.0)
+    began, clock = time.monotonic() - seconds, Clock()
+    hidden = True if rank else None  # a bar for the first process, where there is a terminal
+    bar = tqdm(range(start, c.steps), initial=start, total=c.steps, unit="step", disable=hidden, mininterval=1.0)
     for step in bar:
         model.train()
-        torch.manual_seed(hash((c.seed, step)) % 2**31)  # dropout
+        torch.manual_seed(hash((c.seed, step, rank)) % 2**31)  # dropout
         examples = data.step(step)
-        targets = n_targets(examples)
+        targets, tokens = n_targets(examples), sum(len(e.tokens) for e in examples)
+        mine = sorted(examples, key=lambda e: len(e.tokens))[rank::size]
         for optimizer in opts:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(c, step)
-        total = 0.0
-        for group in micro_batches(examples, c.micro_tokens):
-            with autocast(model, dtype):
-                loss = loss_sum(model, pack(group, device), c.gradient_checkpointing)
-            (loss / targets).backward()  # the mean is over the targets of the whole step
-            total += loss.item()
+        clock.lap("data")
+        total, groups = torch.zeros((), device=device), micro_batches(mine, c.micro_tokens)
+        for i, group in enumerate(groups):
+            with parallel.no_sync() if size > 1 and i + 1 < len(groups) else contextlib.nullcontext():
+                with autocast(model, dtype):
+                    loss = loss_sum(parallel, pack(group, device), c.gradient_checkpointing)
+                clock.lap("forward")
+                (loss * (size / targets)).backward()  # in the end the mean over the targets of the whole step
+                total += loss.detach()
+                clock.lap("backward")
+        if size > 1:
+            distributed.all_reduce(total)
+        mean = total.item() / targets
         norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), c.clip).item()
         if not math.isfinite(norm):
-            raise UserError(
-                f"step {step}: the gradient is not finite (loss {total / targets:.3g}); try a smaller --lr than {c.lr}"
-            )
+            raise UserError(f"step {step}: the gradient is not finite (loss {mean:.3g}); try a smaller --lr than {c.lr}")
         for optimizer in opts:
             optimizer.step()
             optimizer.zero_grad()
-        bar.set_postfix(loss=f"{total / targets:.4f}")
-        metrics.write(
-            step=step + 1, loss=total / targets, lr=learning_rate(c, step), gradient_norm=norm, targets=targets,
-            tokens=sum(len(e.tokens) for e in examples), seconds=round(time.monotonic() - began, 2),
-        )  # fmt: skip
-        if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-            save_checkpoint(folder, step + 1, model, opts, time.monotonic() - began)
+        clock.lap("optimizer")
+        bar.set_postfix(loss=f"{mean:.4f}")
+        if rank == 0:
+            metrics.write(
+                step=step + 1, loss=mean, lr=learning_rate(c, step), gradient_norm=norm, targets=targets,
+                tokens=tokens, seconds=round(time.monotonic() - began, 2),
+            )  # fmt: skip
+            if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
+                save_checkpoint(folder, step + 1, model, opts, time.monotonic() - began)
+        clock.lap("saving")
+    if rank:
+        return  # the first process does the rest
 
     validation = evaluate(model, data.validation(), dtype, c.micro_tokens)
     print(f"validation loss {validation:.5f} nats per target token, after {time.monotonic() - began:.0f} s")
@@ -542,6 +582,8 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
         metrics.write(step=c.steps, in_distribution_accuracy=accuracy)
         lora.save_adapter(model, folder, lora_config(c), base=str(c.base))  # last: this is what makes a run finished
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+    clock.lap("evaluation")
+    print(f"time: {clock}")
     print(f"written: {folder}")
 
 
@@ -576,10 +618,29 @@ def main() -> None:
         folder, c = find_run(c, {f.name: getattr(c, f.name) for f in fields(c) if f.name in flags})
     device = llama.pick_device(c.device)
     c.device, c.dtype = device.type, str(llama.pick_dtype(c.dtype, device)).removeprefix("torch.")
+    rank, size = processes()
+    if c.batch_size < size:
+        raise UserError(f"--batch-size {c.batch_size}: fewer contexts a step than the {size} processes")
+    if size > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     model, tokenizer = build(c)  # before a folder is made for a run that cannot be
-    folder = folder or new_run(c)
-    with lock(folder):
+    if rank == 0:
+        folder = folder or new_run(c)
+    if size > 1:
+        shared = [folder]
+        distributed.broadcast_object_list(shared)
+        folder = shared[0]
+    with lock(folder) if rank == 0 else contextlib.nullcontext():
         train(c, folder, model, tokenizer)
+    if size > 1:
+        distributed.destroy_process_group()
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, random_model
+from safetensors.torch import load_file
 
 import lora
 import model as llama
@@ -115,8 +116,9 @@ def test_learning_rate():
     assert train.learning_rate(train.TrainConfig(**train.PRESETS["paper"]), 3905) == 2e-4
 
 
-def run(*args, **kwargs):
-    command = [sys.executable, str(ROOT / "train.py"), "--rank", "2", "--batch-size", "8", "--warmup", "2", *map(str, args)]
+def run(*args, launcher=(), **kwargs):
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--rank", "2", "--batch-size", "8", "--warmup", "2"]
+    command += map(str, args)
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
 
 
@@ -184,6 +186,24 @@ def test_full_training_writes_a_base(tmp_path, small_base):
     model, _ = llama.load(tmp_path / "runs/primer")
     before, _ = llama.load(small_base)
     assert not torch.equal(model.layers[0].attention.wq.weight, before.layers[0].attention.wq.weight)
+
+
+def test_two_processes_train_as_one(tmp_path, small_base):
+    """The same batch, half of it each: the same losses and the same adapter, to rounding."""
+    flags = ["--base", small_base, "--steps", 4, "--micro-tokens", 300, "--lr", 1e-3, "--dtype", "float32"]
+    assert run(*flags, "--out", tmp_path / "one").returncode == 0
+    done = run(*flags, "--out", tmp_path / "two", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    assert done.returncode == 0, done.stderr
+
+    def losses(name):
+        lines = (tmp_path / name / "addition-retuning/metrics.jsonl").read_text().splitlines()
+        return [m[key] for m in map(json.loads, lines) for key in ("loss", "gradient_norm", "validation_loss") if key in m]
+
+    assert len(losses("one")) == 9 and losses("one")[0] != losses("one")[2]
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
+    one, two = (load_file(tmp_path / name / "addition-retuning/adapter_model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
 
 
 def test_the_tokenizer_is_the_shipped_one(tmp_path, tokenizer):

@@ -1,0 +1,204 @@
+"""Fine-tuning against `transformers` with `peft`: the same weights, contexts, LoRA, optimizer, dtype, checkpointing; one table.
+
+    python benchmarks/train.py --task addition
+
+* the way of the paper's release: a context is one training sequence for every segment that the model writes, each with all
+  that comes before it, in batches padded to the longest; logits at every place;
+* the best with `transformers`: one sequence a context, groups of like length, SDPA, logits at every place;
+* ours: contexts packed without padding, logits at target places alone.
+
+Every way runs in a process of its own. Peak memory is that of the process beyond what it had before its first step; the
+losses of the last step say that the work is the same. Needs transformers and peft (requirements-dev.txt).
+"""
+
+import ctypes
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import lora  # noqa: E402
+import model as llama  # noqa: E402
+import train  # noqa: E402
+from tasks import TASKS  # noqa: E402
+from train import IGNORE, Example  # noqa: E402
+
+WAYS = {"release": "transformers, the release's way", "best": "transformers, its best", "ours": "ours"}
+
+
+@dataclass
+class Config:
+    """Time one task by one method."""
+
+    task: Literal[tuple(TASKS)] = "addition"
+    method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
+    base: Path = Path("checkpoints/tiny")
+    steps: int = 10
+    batch_size: int = 32
+    micro_tokens: int = 4096
+    """tokens a pass, padding included"""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    gradient_checkpointing: bool = True
+    json: bool = False
+    """print a JSON object too"""
+    way: Literal[(*WAYS, "all")] = "all"
+    """one way alone prints one JSON object"""
+
+
+def split(example: Example) -> list[Example]:
+    """The release's training sequences: one for each written segment, with all that comes before it."""
+    starts = [i for i, label in enumerate(example.labels) if label != IGNORE and (i == 0 or example.labels[i - 1] == IGNORE)]
+    sequences = []
+    for start in starts:
+        end = start
+        while end < len(example.labels) and example.labels[end] != IGNORE:
+            end += 1
+        labels = [IGNORE] * start + example.labels[start:end]
+        sequences.append(Example(example.tokens[:end], labels, example.positions[:end]))
+    return sequences
+
+
+def padded(examples: list[Example], max_tokens: int, grouped: bool) -> Iterator[list[Example]]:
+    """Micro-batches by padded size; in the order given, or of like length."""
+    group: list[Example] = []
+    for e in sorted(examples, key=lambda e: len(e.tokens)) if grouped else examples:
+        if group and (len(group) + 1) * max(len(x.tokens) for x in [*group, e]) > max_tokens:
+            yield group
+            group = []
+        group.append(e)
+    yield group
+
+
+def peft_model(c: Config, folder: Path, t: train.TrainConfig):
+    """The base in transformers, and our adapter, as yet untrained, in peft: the very same A and B."""
+    import peft
+    import transformers
+
+    dtype = torch.float32
+    theirs = transformers.LlamaForCausalLM.from_pretrained(llama.find_folder(c.base), dtype=dtype, attn_implementation="sdpa")
+    if c.gradient_checkpointing:
+        theirs.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        theirs.config.use_cache = False
+    return peft.PeftModel.from_pretrained(theirs, folder, is_trainable=True).to(t.device).train()
+
+
+def run(c: Config) -> dict:
+    """One way, in this process."""
+    device = llama.pick_device(c.device)
+    t = train.TrainConfig(
+        task=c.task, method=c.method, base=c.base, batch_size=c.batch_size, lr=1e-3, stretch=1.0, device=device.type,
+        dtype=str(llama.pick_dtype(c.dtype, device)).removeprefix("torch."), gradient_checkpointing=c.gradient_checkpointing,
+    )  # fmt: skip
+    model, tokenizer = train.build(t)
+    steps = [train.Data(t, tokenizer, model.config.max_seq_len).step(i) for i in range(c.steps + 1)]  # the first warms up
+    dtype = getattr(torch, t.dtype)
+    if c.way != "ours":
+        with tempfile.TemporaryDirectory() as folder:
+            lora.save_adapter(model, folder, train.lora_config(t), base=str(c.base))
+            model = peft_model(c, Path(folder), t)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=t.lr, weight_decay=0.0, fused=True)
+
+    def theirs(group: list[Example]) -> torch.Tensor:
+        T = max(len(e.tokens) for e in group)
+        rows = [(e.tokens + [0] * (T - len(e.tokens)), e.labels + [IGNORE] * (T - len(e.tokens))) for e in group]
+        tokens, labels = (torch.tensor(x, device=device) for x in zip(*rows, strict=True))
+        mask = torch.tensor([[1] * len(e.tokens) + [0] * (T - len(e.tokens)) for e in group], device=device)
+        logits = model(input_ids=tokens, attention_mask=mask).logits
+        return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+    def step(examples: list[Example]) -> float:
+        targets, total = train.n_targets(examples), 0.0
+        if c.way == "ours":
+            groups = train.micro_batches(examples, c.micro_tokens)
+        elif c.way == "best":
+            groups = padded(examples, c.micro_tokens, grouped=True)
+        else:
+            groups = padded([s for e in examples for s in split(e)], c.micro_tokens, grouped=False)
+        for group in groups:
+            with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                if c.way == "ours":
+                    loss = train.loss_sum(model, train.pack(group, device), c.gradient_checkpointing)
+                else:
+                    loss = theirs(group)
+            (loss / targets).backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(parameters, t.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total / targets
+
+    model.train()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading has left behind is not the training's
+    before = memory(device, peak=False)
+    step(steps[0])
+    began = time.perf_counter()
+    for examples in tqdm(steps[1:], desc=WAYS[c.way], disable=None, leave=False):
+        loss = step(examples)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    return {
+        "way": c.way,
+        "examples_per_second": c.steps * c.batch_size / seconds,
+        "target_tokens_per_second": sum(map(train.n_targets, steps[1:])) / seconds,
+        "peak_bytes": memory(device, peak=True) - before,
+        "final_loss": loss,
+        "dtype": t.dtype,
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def memory(device: torch.device, peak: bool) -> int:
+    """Bytes in use now, or the most there have been."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    if peak:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main(c: Config) -> None:
+    if c.way != "all":
+        print(json.dumps(run(c)))
+        return
+    results = []
+    flags = [a for a in sys.argv[1:] if a != "--json"]
+    for way in tqdm(WAYS, disable=None, leave=False):
+        done = subprocess.run([sys.executable, __file__, *flags, "--way", way], stdout=subprocess.PIPE, text=True, check=True)
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    first = results[0]
+    print(
+        f"{c.task} by {c.method}, {c.batch_size} contexts a step, {first['dtype']}, {first['device']}, {first['threads']} threads"
+    )
+    print(f"{'':<34}{'examples/s':>11}{'targets/s':>11}{'peak MB':>9}{'loss':>9}{'speed x':>16}{'memory x':>16}")
+    for r in results:
+        against = [(r["examples_per_second"] / x["examples_per_second"], r["peak_bytes"] / x["peak_bytes"]) for x in results[:2]]
+        speed, size = (" / ".join(f"{a[i]:.2f}" for a in against) for i in (0, 1))
+        print(
+            f"{WAYS[r['way']]:<34}{r['examples_per_second']:>11.1f}{r['target_tokens_per_second']:>11.0f}"
+            f"{r['peak_bytes'] / 1e6:>9.0f}{r['final_loss']:>9.4f}{speed:>16}{size:>16}"
+        )
+    print("speed and memory: against the release's way / its best")
+    if c.json:
+        print(json.dumps({"task": c.task, "method": c.method, "results": results}))
+
+
+if __name__ == "__main__":
+    config = tyro.cli(Config)
+    llama.run_script(lambda: main(config))
