@@ -1,6 +1,7 @@
 """Evaluate adapters by problem length, above all out of distribution.
 
     python eval.py --ood
+    torchrun --nproc-per-node 2 -- eval.py --ood     # on two devices: half of the problems each
 
 One loop and one decoding policy (greedy, the call-stack decoder of recurse.py) for all methods, which are asked the same
 problems. The task parses and judges. Prints a table, and writes <out>/ood.json and <out>/ood.png.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+from torch import distributed
 from tqdm import tqdm
 
 import lora
@@ -166,18 +168,28 @@ def cells(c: EvalConfig) -> list[Cell]:
 
 
 class Partial:
-    """What is done so far, a line a problem, so that an interrupted evaluation goes on where it stopped."""
+    """What is done so far, a line a problem, so that an interrupted evaluation goes on where it stopped.
 
-    def __init__(self, path: Path):
-        self.path, self.done = path, {}
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                r = json.loads(line)
-            except ValueError:
-                break  # cut off while it was written
-            self.done[r["cell"], r["index"]] = r
-        kept = "".join(json.dumps(r) + "\n" for r in self.done.values())
-        llama.write_atomically(path, lambda p: p.write_text(kept))
+    Every process writes to a file of its own, and reads them all when it starts.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self.paths, self.done = lambda: sorted(folder.glob(f"{name}.*.partial.jsonl")), {}
+        rank, size = llama.processes()
+        path = folder / f"{name}.{rank}.partial.jsonl"
+        own = {}
+        for p in self.paths():
+            for line in p.read_text().splitlines():
+                try:
+                    r = json.loads(line)
+                except ValueError:
+                    break  # cut off while it was written
+                self.done[r["cell"], r["index"]] = r
+                if p == path:
+                    own[r["cell"], r["index"]] = r
+        if size > 1:
+            distributed.barrier()  # before any of the files is written again
+        llama.write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in own.values())))
         self.file = path.open("a")
 
     def add(self, record: dict) -> None:
@@ -185,11 +197,16 @@ class Partial:
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
 
+    def remove(self) -> None:
+        self.file.close()
+        for path in self.paths():
+            path.unlink()
+
 
 def run_cell(cell: Cell, key: str, decoder: Decoder, partial: Partial) -> Iterator[dict]:
-    """Decode the problems of a cell that are not done yet; yields a record a problem."""
-    task = TASKS[cell.task]
-    waiting = [i for i in range(len(cell.problems)) if (key, i) not in partial.done]
+    """Decode this process's share of the problems of a cell that are not done yet; yields a record a problem."""
+    task, (rank, size) = TASKS[cell.task], llama.processes()
+    waiting = [i for i in range(len(cell.problems)) if (key, i) not in partial.done][rank::size]
     before = time.monotonic()
     for result in decoder.solve([task.prompt(cell.problems[i], cell.method) for i in waiting]):
         index, now = waiting[result.index], time.monotonic()
@@ -228,8 +245,8 @@ def summary(cell: Cell, records: list[dict]) -> dict:
 def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
     device = llama.pick_device(c.device)
     dtype = llama.pick_dtype(c.dtype, device)
-    results, loaded, engine = [], None, None
-    bar = tqdm(total=sum(len(cell.problems) for cell in todo), unit="problem", disable=None)
+    results, loaded, engine, (rank, size) = [], None, None, llama.processes()
+    bar = tqdm(total=sum(len(cell.problems) for cell in todo), unit="problem", disable=True if rank else None)
     for cell in todo:
         key = cell.key
         done = [partial.done[key, i] for i in range(len(cell.problems)) if (key, i) in partial.done]
@@ -240,13 +257,19 @@ def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
                 engine, loaded = Engine(model), cell.adapter
             limits = bounds(TASKS[cell.task], cell.problems, cell.method, tokenizer)
             limits = Limits(cache_bytes=cache_bytes(c.kv_budget, device), batch=c.batch, share=c.share, **limits)
+            before = len(done)
             for record in run_cell(cell, key, Decoder(engine, tokenizer, limits), partial):
                 done.append(record)
                 right = sum(r["correct"] for r in done)
                 bar.set_description(f"{cell.task} {cell.method} {cell.length}: {right}/{len(done)} right")
                 bar.update()
+            if size > 1:
+                shares: list = [None] * size
+                distributed.all_gather_object(shares, done[before:])
+                done[before:] = [record for share in shares for record in share]
+                bar.update(len(done) - before - len(shares[rank]))
         results.append(summary(cell, done))
-        if bar.disable:
+        if bar.disable and rank == 0:
             r = results[-1]
             print(
                 f"{cell.task} {cell.method} length {cell.length}: {r['correct']}/{r['n']} right, {r['seconds']:.0f} s",
@@ -312,11 +335,13 @@ def main(c: EvalConfig) -> None:
     if not all(1 <= length <= 4000 for length in c.lengths):  # Python converts integers of up to 4300 digits
         raise UserError(f"--lengths {' '.join(map(str, c.lengths))}: expected lengths of 1 to 4000")
     todo = cells(c)
+    device, (rank, size) = llama.pick_device(c.device), llama.processes()
+    llama.join_processes(device)
     for task, method, adapter in dict.fromkeys((cell.task, cell.method, cell.adapter) for cell in todo):
         lora.read_adapter_config(adapter)
-        print(f"{task} by {method}: {adapter}")
+        if rank == 0:
+            print(f"{task} by {method}: {adapter}")
     name = "problems" if c.problems else "ood" if c.ood else "in-distribution"
-    device = llama.pick_device(c.device)
     settings = {
         "base": str(c.base),
         "device": str(device),
@@ -326,16 +351,20 @@ def main(c: EvalConfig) -> None:
     }
     work = hashlib.sha256(json.dumps([settings, [cell.key for cell in todo]]).encode()).hexdigest()[:8]
     try:
-        partial = Partial(c.out / f"{name}-{work}.partial.jsonl")  # another evaluation keeps a file of its own
+        partial = Partial(c.out, f"{name}-{work}")  # another evaluation keeps files of its own
     except OSError as e:
         raise UserError(f"{c.out}: cannot be written to ({e.strerror}); choose another --out") from None
     results = evaluate(c, todo, partial)
+    if size > 1:
+        distributed.destroy_process_group()
+    if rank:
+        return  # the first process does the rest
     report = {"results": results, "config": asdict(c) | {k: settings[k] for k in ("device", "dtype")}, "seed": c.seed}
     text = json.dumps(report, indent=1, default=str) + "\n"
     llama.write_atomically(c.out / f"{name}.json", lambda p: p.write_text(text))
     print(table(results))
     drawn = plot(results, c.out / f"{name}.png")
-    partial.path.unlink()
+    partial.remove()
     print(f"\nwritten: {c.out / name}.json" + (f", {c.out / name}.png" if drawn else " (no figure: matplotlib is not installed)"))
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -62,6 +62,19 @@ def pick_device(name: str) -> torch.device:
             f"--device {name}: there is none on this machine; expected one of {', '.join(n for n in available if available[n])}"
         )
     return torch.device(name)
+
+
+def processes() -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device: torch.device) -> None:
+    """Meet the others that torchrun has started, if any; each then has a GPU of its own."""
+    if processes()[1] > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Fine-tune a LLaMA with LoRA on one task by one method; or train all of its parameters, as the shipped base was (--full).
 
     python train.py --task addition --method retuning
-    torchrun --nproc-per-node 2 train.py --task addition     # on two devices: the same batch, half of it each
+    torchrun --nproc-per-node 2 -- train.py --task addition     # on two devices: the same batch, half of it each
 
 In the order of the pipeline: the configuration, examples (contexts as token ids and labels), batches, the loss, the
 optimizer, the loop. A run leaves in runs/<task>-<method>/ the adapter, train_config.json and metrics.jsonl.
@@ -10,7 +10,6 @@ optimizer, the loop. A run leaves in runs/<task>-<method>/ the adapter, train_co
 import contextlib
 import json
 import math
-import os
 import pickle
 import random
 import sys
@@ -516,7 +515,7 @@ class Clock:
 
 
 def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> None:
-    device, dtype, (rank, size) = model.device, getattr(torch, c.dtype), processes()
+    device, dtype, (rank, size) = model.device, getattr(torch, c.dtype), llama.processes()
     data = Data(c, tokenizer, model.config.max_seq_len)
     opts = optimizers(c, model)
     start, seconds = load_checkpoint(folder, model, opts)
@@ -618,13 +617,10 @@ def main() -> None:
         folder, c = find_run(c, {f.name: getattr(c, f.name) for f in fields(c) if f.name in flags})
     device = llama.pick_device(c.device)
     c.device, c.dtype = device.type, str(llama.pick_dtype(c.dtype, device)).removeprefix("torch.")
-    rank, size = processes()
+    rank, size = llama.processes()
     if c.batch_size < size:
         raise UserError(f"--batch-size {c.batch_size}: fewer contexts a step than the {size} processes")
-    if size > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    llama.join_processes(device)
     model, tokenizer = build(c)  # before a folder is made for a run that cannot be
     if rank == 0:
         folder = folder or new_run(c)
@@ -636,11 +632,6 @@ def main() -> None:
         train(c, folder, model, tokenizer)
     if size > 1:
         distributed.destroy_process_group()
-
-
-def processes() -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun tells them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager

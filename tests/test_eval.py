@@ -12,8 +12,8 @@ import eval as evaluation
 from model import UserError
 
 
-def run(*args):
-    command = [sys.executable, ROOT / "eval.py", "--dtype", "float32", *map(str, args)]
+def run(*args, launcher=()):
+    command = [sys.executable, *launcher, ROOT / "eval.py", "--dtype", "float32", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
@@ -141,12 +141,27 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.Partial, "add", add)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main(c)
-    (partial,) = (tmp_path / "b").glob("ood-*.partial.jsonl")
+    (partial,) = (tmp_path / "b").glob("ood-*.0.partial.jsonl")
     with partial.open("a") as f:
         f.write('{"cell": "cut o')  # as a kill in the middle of a write leaves it
     assert not (tmp_path / "b/ood.json").exists()
     evaluation.main(c)
     assert count == 12, "done problems were decoded again"
     again = json.loads((tmp_path / "b/ood.json").read_text())["results"]
-    timeless = [[{k: v for k, v in r.items() if k != "seconds"} for r in results] for results in (whole, again)]
-    assert timeless[0] == timeless[1]
+    assert outcome(whole) == outcome(again)
+
+
+def outcome(results):
+    """What does not depend on the batches: they decide what is shared, and how fast."""
+    return [{k: r[k] for k in ("task", "method", "length", "n", "correct", "endings")} for r in results]
+
+
+def test_two_processes_share_the_problems(tmp_path):
+    flags = ("--lengths", 3, 4, "--n", 7, "--method", "retuning", "--runs", tmp_path / "none")
+    assert run(*flags, "--out", tmp_path / "one").returncode == 0
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
+    done = run(*flags, "--out", tmp_path / "two", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "in-distribution.json").read_text())["results"] for name in ("one", "two"))
+    assert outcome(one) == outcome(two) and [r["n"] for r in two] == [7, 7]
+    assert not list((tmp_path / "two").glob("*.partial.jsonl"))
