@@ -299,6 +299,37 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def reach(results: list[dict]) -> list[dict]:
+    """How far each method gets: the longest length up to which all that were evaluated are at 90 % or more (None: none), and
+    the accuracy at 1, 2 and 4 times the longest training length (None: not evaluated)."""
+    found = []
+    for task, method in dict.fromkeys((r["task"], r["method"]) for r in results):
+        accuracy = {r["length"]: r["accuracy"] for r in results if (r["task"], r["method"]) == (task, method)}
+        longest = None
+        for length in sorted(accuracy):
+            if accuracy[length] < 0.9:
+                break
+            longest = length
+        trained = TASKS[task].train_lengths[-1]
+        times = {f"{k}x": accuracy.get(k * trained) for k in (1, 2, 4)}
+        found.append({"task": task, "method": method, "reach": longest, **times})
+    return found
+
+
+def reach_table(rows: list[dict]) -> str:
+    def cell(x: float | None) -> str:
+        return "-" if x is None else f"{100 * x:.1f}"
+
+    lines = ["", f"{'at the longest training length, and times it':<46}{'1x':>7}{'2x':>7}{'4x':>7}   90 % up to"]
+    for r in rows:
+        lines.append(
+            f"{r['task'] + ' by ' + r['method']:<46}"
+            + "".join(f"{cell(r[k]):>7}" for k in ("1x", "2x", "4x"))
+            + f"{r['reach'] or '-':>13}"
+        )
+    return "\n".join(lines)
+
+
 def plot(results: list[dict], path: Path) -> bool:
     """Accuracy against length, a panel a task, a line a method. False where matplotlib is not installed."""
     try:
@@ -359,10 +390,16 @@ def main(c: EvalConfig) -> None:
         distributed.destroy_process_group()
     if rank:
         return  # the first process does the rest
-    report = {"results": results, "config": asdict(c) | {k: settings[k] for k in ("device", "dtype")}, "seed": c.seed}
+    report = {
+        "results": results,
+        "reach": reach(results),
+        "config": asdict(c) | {k: settings[k] for k in ("device", "dtype")},
+        "seed": c.seed,
+    }
     text = json.dumps(report, indent=1, default=str) + "\n"
     llama.write_atomically(c.out / f"{name}.json", lambda p: p.write_text(text))
     print(table(results))
+    print(reach_table(report["reach"]))
     drawn = plot(results, c.out / f"{name}.png")
     partial.remove()
     print(f"\nwritten: {c.out / name}.json" + (f", {c.out / name}.png" if drawn else " (no figure: matplotlib is not installed)"))

@@ -25,6 +25,17 @@ def test_wilson(correct, n, low, high):
     assert evaluation.wilson(correct, n) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_reach():
+    def row(length, accuracy, method="retuning"):
+        return {"task": "addition", "method": method, "length": length, "accuracy": accuracy}
+
+    rows = [row(30, 0.9), row(5, 1.0), row(15, 0.95), row(60, 0.89), row(80, 0.95), row(15, 0.5, "baseline")]
+    expected = {"task": "addition", "method": "retuning", "reach": 30, "1x": 0.95, "2x": 0.9, "4x": 0.89}
+    none = {"task": "addition", "method": "baseline", "reach": None, "1x": 0.5, "2x": None, "4x": None}
+    assert evaluation.reach(rows) == [expected, none]
+    assert evaluation.reach_table([none]).splitlines()[-1].split() == ["addition", "by", "baseline", "50.0", "-", "-", "-"]
+
+
 def test_ood(tmp_path):
     done = run("--ood", "--lengths", "3", "5", "--n", "4", "--out", tmp_path, "--runs", tmp_path / "none")
     assert done.returncode == 0, done.stderr
