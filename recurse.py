@@ -88,7 +88,7 @@ class Limits:
     cache_bytes: int = 2 * 1024**3  # keys and values, of live and suspended frames together
     batch: int = 128  # live frames at once
     share: bool = True  # solve the same subproblem once, under greedy decoding
-    draft: int = 7  # tokens guessed at once, to be checked in one forward pass; 0: none
+    draft: int = 11  # tokens guessed at once, to be checked in one forward pass; 0: none
 
 
 class Decoder:
@@ -366,32 +366,56 @@ class Shared:
 
 
 class Lookup:
-    """Guesses what a frame writes next: what followed when the last few tokens occurred before (prompt-lookup decoding).
+    """Guesses what a frame writes next, as most of it is copied from what stands before (prompt-lookup decoding).
 
-    Most of what is written here is copied. A guess costs little where it is wrong, and changes no token: the model
-    checks all of it in one forward pass, and what it would have written itself is what counts.
+    Keeps a few *places* from which the text may be copied on, each with a degree of trust: the number of tokens in a row that it
+    foretold. Where one fails, the copy may have left something out, replaced a token or put one in, and goes on from near there.
+    A guess costs little where it is wrong, and changes no token: the model checks all of it in one forward pass, and what it
+    would have written itself is what counts.
     """
 
-    SIZES = (6, 4, 3, 2)  # of the n-grams that are looked for, the longest first
+    SIZES = (6, 4, 3, 2)  # of the n-grams that places are looked up by, the longest first
+    N_PLACES = 6
+    SKIP = 5  # tokens that a copy may leave out: an item of a list
 
     def __init__(self, ids: list[int]):
         self.ids: list[int] = []
         self.after: dict[tuple[int, ...], int] = {}  # n-gram -> place after its latest occurrence that something follows
-        self.extend(ids)
+        self.places: dict[int, float] = {}  # where the next token may stand -> trust, the most trusted first
+        for token in ids:
+            self._append(token)
+        self.extend([])
+
+    def _append(self, token: int) -> None:
+        for n in self.SIZES:  # these occurrences are followed by this token
+            if n <= len(self.ids):
+                self.after[tuple(self.ids[-n:])] = len(self.ids)
+        self.ids.append(token)
 
     def extend(self, ids: list[int]) -> None:
         for token in ids:
-            for n in self.SIZES:  # these occurrences are followed by this token
-                if n <= len(self.ids):
-                    self.after[tuple(self.ids[-n:])] = len(self.ids)
-            self.ids.append(token)
+            places = {p + 1: trust + 1 for p, trust in self.places.items() if self.ids[p : p + 1] == [token]}
+            failed = [p for p in self.places if p + 1 not in places]
+            if failed:
+                near = self.ids[failed[0] + 1 : failed[0] + 1 + self.SKIP]
+                if token in near:
+                    places.setdefault(failed[0] + near.index(token) + 2, 0.5)
+                places.setdefault(failed[0] + 1, 0.0)  # replaced: not trusted before it has foretold something
+                places.setdefault(failed[0], 0.0)  # put in
+            self._append(token)
+            self.places = places
+        for n in self.SIZES:
+            place = self.after.get(tuple(self.ids[-n:]))
+            if place is not None:
+                self.places.setdefault(place, 0.3 * n)
+                break
+        self.places = dict(sorted(self.places.items(), key=lambda x: -x[1])[: self.N_PLACES])
 
     def guess(self, n_tokens: int) -> list[int]:
-        if n_tokens > 0:
-            for n in self.SIZES:
-                place = self.after.get(tuple(self.ids[-n:]))
-                if place is not None:
-                    return self.ids[place : place + n_tokens]
+        """At most n_tokens; the fewer, the less the place is trusted."""
+        for place, trust in self.places.items():
+            if n_tokens > 0 and trust > 0 and place < len(self.ids):
+                return self.ids[place : place + min(n_tokens, int(1 + 2 * trust))]
         return []
 
 
