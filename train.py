@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -88,6 +90,8 @@ class TrainConfig:
     """largest norm of the gradient"""
     gradient_checkpointing: bool = False
     """recompute each block in the backward pass: less memory, a third more time"""
+    fsdp: bool = False
+    """with torchrun: share the model out over the devices, block by block, where one does not hold all of it (FSDP2)"""
 
     stretch: float = 8.0
     """up to which factor positions are stretched in training (1: not at all), see `stretch`"""
@@ -316,7 +320,7 @@ def init_weights(model: LLaMA) -> None:
 def build(c: TrainConfig) -> tuple[LLaMA, Tokenizer]:
     """The model to train: only what is trained requires gradients."""
     torch.manual_seed(c.seed)
-    device = torch.device(c.device)
+    device = torch.device("cpu" if c.fsdp else c.device)  # to be shared out from there
     if c.from_scratch:
         with tempfile.TemporaryDirectory() as folder:
             train_tokenizer(Path(folder) / "tokenizer.model")
@@ -395,6 +399,24 @@ def optimizers(c: TrainConfig, model: LLaMA) -> list[torch.optim.Optimizer]:
     ]
 
 
+def share_out(model: LLaMA, device: torch.device) -> None:
+    """FSDP2: every process keeps its part of each block, and has the whole of it only while it computes with it."""
+    mesh = distributed.init_device_mesh(device.type, (distributed.get_world_size(),))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor that is shared out over the processes, put together; any other as it is. (All processes have to ask.)"""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def shared_out(x: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, shared out as another one is."""
+    return distribute_tensor(x, like.device_mesh, like.placements) if isinstance(like, DTensor) else x
+
+
 def learning_rate(c: TrainConfig, step: int) -> float:
     """Linear warm-up, constant, linear decay."""
     progress = step / c.steps
@@ -447,13 +469,17 @@ def find_run(c: TrainConfig, given: dict) -> tuple[Path, TrainConfig]:
 
 def save_checkpoint(folder: Path, step: int, model: LLaMA, optimizers: list, seconds: float) -> None:
     """All that is needed to go on after `step` steps. (Data and dropout are functions of the seed and the step.)"""
+    states = [o.state_dict() for o in optimizers]
+    for state in states:
+        state["state"] = {i: {k: whole(x) for k, x in values.items()} for i, values in state["state"].items()}
     state = {
         "step": step,
-        "parameters": {n: p.detach() for n, p in trainable(model).items()},
-        "optimizers": [o.state_dict() for o in optimizers],
+        "parameters": {n: whole(p.detach()) for n, p in trainable(model).items()},
+        "optimizers": states,
         "seconds": seconds,
     }
-    llama.write_atomically(folder / "checkpoint.pt", lambda p: torch.save(state, p))
+    if llama.processes()[0] == 0:
+        llama.write_atomically(folder / "checkpoint.pt", lambda p: torch.save(state, p))
 
 
 def load_checkpoint(folder: Path, model: LLaMA, optimizers: list) -> tuple[int, float]:
@@ -469,8 +495,11 @@ def load_checkpoint(folder: Path, model: LLaMA, optimizers: list) -> tuple[int, 
         ) from None
     with torch.no_grad():
         for name, p in trainable(model).items():
-            p.copy_(state["parameters"][name])
+            p.copy_(shared_out(state["parameters"][name], p))
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, values in saved["state"].items():
+            saved["state"][i] = {k: shared_out(x, params[i]) if x.shape == params[i].shape else x for k, x in values.items()}
         optimizer.load_state_dict(saved)
     return state["step"], state["seconds"]
 
@@ -517,9 +546,12 @@ class Clock:
 def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> None:
     device, dtype, (rank, size) = model.device, getattr(torch, c.dtype), llama.processes()
     data = Data(c, tokenizer, model.config.max_seq_len)
+    if c.fsdp:
+        share_out(model, torch.device(c.device))
+        device = model.device
     opts = optimizers(c, model)
     start, seconds = load_checkpoint(folder, model, opts)
-    parallel = DistributedDataParallel(model) if size > 1 else model  # sees to it that all have the mean of their gradients
+    parallel = model if size == 1 or c.fsdp else DistributedDataParallel(model)  # either way all get the mean of their gradients
     if rank == 0:
         metrics = Metrics(folder / "metrics.jsonl", start)
         count = sum(p.numel() for p in trainable(model).values())
@@ -534,16 +566,19 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
         torch.manual_seed(hash((c.seed, step, rank)) % 2**31)  # dropout
         examples = data.step(step)
         targets, tokens = n_targets(examples), sum(len(e.tokens) for e in examples)
-        mine = sorted(examples, key=lambda e: len(e.tokens))[rank::size]
+        by_length = sorted(examples, key=lambda e: len(e.tokens))
+        shares = [micro_batches(by_length[r::size], c.micro_tokens) for r in range(size)]
         for optimizer in opts:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(c, step)
         clock.lap("data")
-        total, groups = torch.zeros((), device=device), micro_batches(mine, c.micro_tokens)
-        for i, group in enumerate(groups):
-            with parallel.no_sync() if size > 1 and i + 1 < len(groups) else contextlib.nullcontext():
+        total, groups = torch.zeros((), device=device), shares[rank]
+        for i in range(max(map(len, shares)) if c.fsdp else len(groups)):  # what is shared out, all need at the same time
+            group, counts = groups[min(i, len(groups) - 1)], i < len(groups)
+            gather = parallel.no_sync() if parallel is not model and i + 1 < len(groups) else contextlib.nullcontext()
+            with gather:
                 with autocast(model, dtype):
-                    loss = loss_sum(parallel, pack(group, device), c.gradient_checkpointing)
+                    loss = loss_sum(parallel, pack(group, device), c.gradient_checkpointing) * counts
                 clock.lap("forward")
                 (loss * (size / targets)).backward()  # in the end the mean over the targets of the whole step
                 total += loss.detach()
@@ -551,7 +586,7 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
         if size > 1:
             distributed.all_reduce(total)
         mean = total.item() / targets
-        norm = torch.nn.utils.clip_grad_norm_(trainable(model).values(), c.clip).item()
+        norm = whole(torch.nn.utils.clip_grad_norm_(trainable(model).values(), c.clip)).item()
         if not math.isfinite(norm):
             raise UserError(f"step {step}: the gradient is not finite (loss {mean:.3g}); try a smaller --lr than {c.lr}")
         for optimizer in opts:
@@ -564,21 +599,28 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
                 step=step + 1, loss=mean, lr=learning_rate(c, step), gradient_norm=norm, targets=targets,
                 tokens=tokens, seconds=round(time.monotonic() - began, 2),
             )  # fmt: skip
-            if (step + 1) % c.save_every == 0 or step + 1 == c.steps:
-                save_checkpoint(folder, step + 1, model, opts, time.monotonic() - began)
+        if (rank == 0 or c.fsdp) and ((step + 1) % c.save_every == 0 or step + 1 == c.steps):
+            save_checkpoint(folder, step + 1, model, opts, time.monotonic() - began)
         clock.lap("saving")
+
+    if rank == 0 or c.fsdp:
+        validation = evaluate(model, data.validation(), dtype, c.micro_tokens)
+    trained = {n: whole(p.detach()) for n, p in trainable(model).items()} if c.fsdp else {}
     if rank:
         return  # the first process does the rest
-
-    validation = evaluate(model, data.validation(), dtype, c.micro_tokens)
     print(f"validation loss {validation:.5f} nats per target token, after {time.monotonic() - began:.0f} s")
     metrics.write(step=c.steps, validation_loss=validation, seconds=round(time.monotonic() - began, 2))
-    if c.full:
-        llama.save(model, tokenizer, folder)
-    else:
+    if c.fsdp:  # what is written is whole, and a device need not have room for that
+        model, _ = build(c)
+        model.load_state_dict(trained, strict=False)
+        print("not decoded, as a device need not hold the model: see eval.py")
+    elif not c.full:
         accuracy = quick_decode(c, model, tokenizer)
         print(f"solves {accuracy:.1%} of held-out problems of the training lengths")
         metrics.write(step=c.steps, in_distribution_accuracy=accuracy)
+    if c.full:
+        llama.save(model, tokenizer, folder)
+    else:
         lora.save_adapter(model, folder, lora_config(c), base=str(c.base))  # last: this is what makes a run finished
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     clock.lap("evaluation")
@@ -610,11 +652,11 @@ def main() -> None:
     c = tyro.cli(TrainConfig, default=default)
     if c.lr is None:
         c.lr = LEARNING_RATES[c.method]
-    check(c)
     folder = None
     if c.resume:
         flags = {a.lstrip("-").removeprefix("no-").replace("-", "_") for a in argv if a.startswith("--")}
         folder, c = find_run(c, {f.name: getattr(c, f.name) for f in fields(c) if f.name in flags})
+    check(c)
     device = llama.pick_device(c.device)
     c.device, c.dtype = device.type, str(llama.pick_dtype(c.dtype, device)).removeprefix("torch.")
     rank, size = llama.processes()
@@ -652,6 +694,8 @@ def check(c: TrainConfig) -> None:
         raise UserError("the primer trains a whole model: add --full (or --preset base)")
     if c.full and c.task != "primer":
         raise UserError("--full trains a base (--task primer); a task is learned by an adapter: leave out --full")
+    if c.fsdp and (c.full or llama.processes()[1] == 1):
+        raise UserError("--fsdp shares a frozen base out over several processes: start it by torchrun, without --full")
     if c.from_scratch and not c.full:
         raise UserError("--from-scratch needs --full: an adapter needs a base")
     for name in ("steps", "batch_size", "micro_tokens", "save_every", "rank"):

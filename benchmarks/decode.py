@@ -4,7 +4,8 @@
 
 (a) the way of the paper's release: `generate` for one context at a time, all of it encoded again after each return;
 (b) the best with `transformers`: batched `generate` over all contexts of the same depth, padded on the left;
-(c) ours: without a cache; with one, but a suspended context is encoded again; its cache kept; many problems at once; guesses.
+(c) ours: without a cache; with one, but a suspended context is encoded again; its cache kept; many problems at once; a subproblem
+that several have solved once; guesses.
 
 Prints a table, and one JSON object (--json). Needs transformers (requirements-dev.txt).
 """
@@ -181,24 +182,29 @@ def main(c: Config) -> None:
     rungs = {
         "(a) transformers, the release's way": (slow, lambda: (release.run(prompts[:slow]), release.forwarded)),
         "(b) transformers, batched": (c.n, lambda: (batched.run(prompts), batched.forwarded)),
-        "(c) ours, no cache": (slow, rung(Uncached, slow, batch=1, draft=0)),
-        "    cache within a context": (slow, rung(Engine, slow, batch=1, draft=0, cache_bytes=0)),
-        "    suspended caches kept": (slow, rung(Engine, slow, batch=1, draft=0)),
-        "    many problems at once": (c.n, rung(Engine, c.n, batch=c.batch, draft=0)),
+        "(c) ours, no cache": (slow, rung(Uncached, slow, batch=1, draft=0, share=False)),
+        "    cache within a context": (slow, rung(Engine, slow, batch=1, draft=0, share=False, cache_bytes=0)),
+        "    suspended caches kept": (slow, rung(Engine, slow, batch=1, draft=0, share=False)),
+        "    many problems at once": (c.n, rung(Engine, c.n, batch=c.batch, draft=0, share=False)),
+        "    shared subproblems": (c.n, rung(Engine, c.n, batch=c.batch, draft=0)),
         "    guesses": (c.n, rung(Engine, c.n, batch=c.batch)),
     }
     release.generate([tokenizer.start(prompts[0])])  # warm up
     ours(Engine(model), tokenizer, Limits(**limit), prompts[:1])
     release.forwarded = 0
-    rows, reference = [], None
+    rows, all_contexts = [], {}
     for name, (n, run) in rungs.items():
         began = time.perf_counter()
         contexts, forwarded = run()
         speed = n / (time.perf_counter() - began)
-        reference = reference or contexts
-        same = all(a == b for a, b in zip(contexts, reference, strict=False))
-        rows.append({"rung": name.strip(), "problems": n, "problems_per_second": speed, "forwarded_per_problem": forwarded / n,
-                     "same_tokens": same})  # fmt: skip
+        all_contexts[name] = contexts
+        rows.append({"rung": name.strip(), "problems": n, "problems_per_second": speed, "forwarded_per_problem": forwarded / n})
+    reference = all_contexts["(b) transformers, batched"]
+    for row, contexts in zip(rows, all_contexts.values(), strict=True):
+        if sum(map(len, contexts)) == sum(map(len, reference[: len(contexts)])):
+            row["same_tokens"] = contexts == reference[: len(contexts)]
+        else:  # what was shared was run for one problem alone
+            row["same_tokens"] = {tuple(x) for p in contexts for x in p} == {tuple(x) for p in reference for x in p}
     print(f"{c.task}, length {c.length}, {dtype} on {device}, {torch.get_num_threads()} threads")
     print(f"{'':<36}{'problems/s':>12}{'forwarded each':>16}{'x (a)':>9}{'x (b)':>9}  same tokens")
     for name, row in zip(rungs, rows, strict=True):

@@ -293,7 +293,7 @@ def solver():
 def test_cached_equals_uncached_equals_batch_of_one(solver):
     """Token for token, in fp32, on 100 problems with the shipped adapter."""
     model, tokenizer = solver
-    prompts = [Addition.prompt(p, "retuning") for p in problems([random.Random(1).randint(1, 9) for _ in range(100)], seed=3)]
+    prompts = [Addition.prompt(p, "retuning") for p in problems([1 + i % 6 for i in range(100)], seed=3)]
     batched = traces(Engine(model), tokenizer, Limits(batch=32), prompts)
     assert sum(ending == "answer" for ending, _ in batched) >= 95, "the comparison should be about real call stacks"
     assert batched == traces(Engine(model), tokenizer, Limits(batch=1), prompts)

@@ -1,7 +1,10 @@
 """Labels, stretched positions, the loss over micro-batches, gradients, and runs that are killed and resumed."""
 
 import json
+import multiprocessing
+import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,6 +112,70 @@ def test_gradient_checkpointing_reaches_every_b_and_changes_nothing(tokenizer):
             assert gradient.abs().max() > 0, f"{name} got no gradient"
 
 
+def test_a_packed_context_does_not_see_its_neighbours(tokenizer):
+    model = lora.wrap(random_model(), CONFIG)
+    contexts = examples(tokenizer, 5)
+    other = [*contexts]
+    other[2] = train.Example([t % 400 + 50 for t in contexts[2].tokens], contexts[2].labels, contexts[2].positions)
+    before, after = (
+        model(b.tokens, positions=b.positions, lengths=b.lengths).split(b.lengths)
+        for b in (train.pack(group, torch.device("cpu")) for group in (contexts, other))
+    )
+    for i, (x, y) in enumerate(zip(before, after, strict=True)):
+        assert torch.equal(x, y) == (i != 2), f"context {i}"
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_gradients_and_five_steps_equal_pefts(tokenizer, small_base, tmp_path, rslora):
+    """The same adapter and batches: gradients within 1e-5 in fp32, and five steps of AdamW with the same losses."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    config = lora.LoRAConfig(rank=4, alpha=6.0, rslora=rslora)
+    model, _ = llama.load(small_base)
+    lora.wrap(model, config)
+    with torch.no_grad():
+        for layer in lora.lora_layers(model).values():  # as after some training: with B zero, A has no gradient
+            layer.lora_B.normal_(std=0.05)
+    lora.save_adapter(model, tmp_path / "adapter", config, base=str(small_base))
+    theirs = transformers.LlamaForCausalLM.from_pretrained(small_base, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True).train()
+    batch = examples(tokenizer, 8)
+    length = max(len(e.tokens) for e in batch)
+    pads = [length - len(e.tokens) for e in batch]
+    tokens = torch.tensor([e.tokens + [0] * n for e, n in zip(batch, pads, strict=True)])
+    labels = torch.tensor([e.labels + [train.IGNORE] * n for e, n in zip(batch, pads, strict=True)])
+    mask = torch.tensor([[1] * (length - n) + [0] * n for n in pads])
+
+    def our_loss():
+        return train.loss_sum(model, train.pack(batch, torch.device("cpu"))) / train.n_targets(batch)
+
+    def their_loss():
+        logits = theirs(input_ids=tokens, attention_mask=mask).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=train.IGNORE)
+
+    our_loss().backward()
+    their_loss().backward()
+    found = {n: p.grad for n, p in lora.lora_state(model).items()}
+    expected = {n.replace(".default", ""): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys() and len(found) == 2 * 7 * 2
+    for name, gradient in expected.items():
+        assert gradient.abs().max() > 1e-4, "the comparison should be about something"
+        torch.testing.assert_close(found[name], gradient, atol=1e-5, rtol=1e-5)
+
+    def losses(loss_of, parameters):
+        optimizer, values = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.01), []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = loss_of()
+            loss.backward()
+            optimizer.step()
+            values.append(loss.item())
+        return values
+
+    ours = losses(our_loss, list(train.trainable(model).values()))
+    assert ours == pytest.approx(losses(their_loss, [p for p in theirs.parameters() if p.requires_grad]), abs=1e-4)
+    assert ours[4] < ours[0] - 0.05
+
+
 def test_learning_rate():
     c = train.TrainConfig(steps=100, warmup=10, decay=0.5, lr=1.0)
     rates = [train.learning_rate(c, s) for s in range(100)]
@@ -144,30 +211,55 @@ def test_a_run_and_what_it_leaves(small_base, tmp_path):
     lora.load_adapter(model, folder)
 
 
-def test_a_killed_run_resumes_to_the_same_adapter(small_base, tmp_path):
-    """SIGKILL at several moments; the last checkpoint goes on, and the adapter is the uninterrupted one, bit for bit."""
-    flags = ["--base", small_base, "--steps", 30, "--save-every", 4, "--dropout", 0.1]
-    assert run(*flags, "--out", tmp_path / "whole").returncode == 0
-    command = [sys.executable, str(ROOT / "train.py"), "--rank", "2", "--batch-size", "8", "--warmup", "2"]
-    metrics = tmp_path / "killed/addition-retuning/metrics.jsonl"
-    for kill, extra in enumerate([[], ["--resume"]]):
-        process = subprocess.Popen([*command, *map(str, flags), "--out", str(tmp_path / "killed"), *extra],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and process.poll() is None:
-            if metrics.exists() and len(metrics.read_text().splitlines()) >= 6 + 9 * kill:
-                break
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (metrics.parent / "adapter_config.json").exists(), "it was to be killed before its end"
-    done = run(*flags, "--out", tmp_path / "killed", "--resume")
-    assert done.returncode == 0, done.stderr
-    adapters = [tmp_path / kind / "addition-retuning/adapter_model.safetensors" for kind in ("whole", "killed")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == [*range(1, 31), 30, 30]
-    again = run(*flags, "--out", tmp_path / "killed", "--resume")
+def run_in_a_fork(argv):
+    """train.py as of the command line. (In a child of a process that has imported torch: it starts at once.)"""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    sys.argv = ["train.py", *argv]
+    llama.run_script(train.main)
+
+
+def test_twenty_kills_change_nothing(small_base, tmp_path):
+    """SIGKILL at random moments, half of them soon after the first checkpoint; a resumed run ends with the very same adapter."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["train"])
+    flags = ["--base", small_base, "--steps", 60, "--save-every", 2, "--dropout", 0.1]
+    argv = [*map(str, flags), "--rank", "2", "--batch-size", "8", "--warmup", "2", "--out"]
+
+    def start(out, *extra):
+        process = forks.Process(target=run_in_a_fork, args=([*argv, str(tmp_path / out), *extra],))
+        process.start()
+        return process
+
+    start("warm").join()  # the server itself starts here
+    began = time.monotonic()
+    whole = start("whole")
+    whole.join()
+    duration = time.monotonic() - began
+    assert whole.exitcode == 0
+    expected = (tmp_path / "whole/addition-retuning/adapter_model.safetensors").read_bytes()
+    seed = random.SystemRandom().randrange(10**9)
+    rng, kills, resumed, finished = random.Random(seed), 0, 0, 0
+    folder = tmp_path / "killed/addition-retuning"
+    while kills < 20 or not finished:
+        going = (folder / "train_config.json").exists()
+        process = start("killed", *(["--resume"] if going else []))
+        process.join(None if kills >= 20 else rng.uniform(0, duration))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        resumed += going and (folder / "checkpoint.pt").exists()
+        assert process.exitcode in (0, -signal.SIGKILL), f"exit code {process.exitcode}; the moments' seed was {seed}"
+        if (folder / "adapter_config.json").exists():
+            assert (folder / "adapter_model.safetensors").read_bytes() == expected, f"the moments' seed was {seed}"
+            if process.exitcode == 0:
+                steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+                assert steps == [*range(1, 61), 60, 60]
+            finished += 1
+            shutil.rmtree(tmp_path / "killed")
+    assert resumed >= 5
+    again = run(*flags, "--out", tmp_path / "whole", "--resume")
     assert again.returncode == 1 and "no unfinished run" in again.stderr
 
 
@@ -188,22 +280,48 @@ def test_full_training_writes_a_base(tmp_path, small_base):
     assert not torch.equal(model.layers[0].attention.wq.weight, before.layers[0].attention.wq.weight)
 
 
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
 def test_two_processes_train_as_one(tmp_path, small_base):
-    """The same batch, half of it each: the same losses and the same adapter, to rounding."""
-    flags = ["--base", small_base, "--steps", 4, "--micro-tokens", 300, "--lr", 1e-3, "--dtype", "float32"]
+    """The same batch, half of it each: the same losses and the same adapter, to rounding. So too if they share the model out."""
+    flags = ["--base", small_base, "--steps", 4, "--micro-tokens", 300, "--lr", 1e-3, "--dtype", "float32", "--batch-size", 9]
     assert run(*flags, "--out", tmp_path / "one").returncode == 0
-    done = run(*flags, "--out", tmp_path / "two", launcher=("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"))
+    done = run(*flags, "--out", tmp_path / "two", launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    done = run(*flags, "--out", tmp_path / "fsdp", "--fsdp", launcher=TWO)
     assert done.returncode == 0, done.stderr
 
     def losses(name):
         lines = (tmp_path / name / "addition-retuning/metrics.jsonl").read_text().splitlines()
         return [m[key] for m in map(json.loads, lines) for key in ("loss", "gradient_norm", "validation_loss") if key in m]
 
+    one = load_file(tmp_path / "one/addition-retuning/adapter_model.safetensors")
     assert len(losses("one")) == 9 and losses("one")[0] != losses("one")[2]
-    assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
-    one, two = (load_file(tmp_path / name / "addition-retuning/adapter_model.safetensors") for name in ("one", "two"))
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
+    for name in ("two", "fsdp"):
+        assert losses(name) == pytest.approx(losses("one"), rel=1e-4)
+        other = load_file(tmp_path / name / "addition-retuning/adapter_model.safetensors")
+        assert other.keys() == one.keys()
+        for tensor in one:
+            torch.testing.assert_close(other[tensor], one[tensor], atol=1e-4, rtol=0)
+
+
+def test_a_run_that_shares_the_model_out_resumes_to_the_same_adapter(tmp_path, small_base):
+    flags = ["--base", small_base, "--steps", 6, "--save-every", 4, "--lr", 1e-3, "--fsdp"]
+    assert run(*flags, "--out", tmp_path / "whole", launcher=TWO).returncode == 0
+    adapter = "addition-retuning/adapter_model.safetensors"
+    expected = (tmp_path / "whole" / adapter).read_bytes()
+    command = [sys.executable, *TWO, str(ROOT / "train.py"), "--rank", "2", "--batch-size", "8", "--warmup", "2"]
+    process = subprocess.Popen([*command, *map(str, flags), "--out", str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+    checkpoint = tmp_path / "killed/addition-retuning/checkpoint.pt"
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.002)
+    process.terminate()  # torchrun ends those it has started
+    process.wait()
+    if not (tmp_path / "killed" / adapter).exists():
+        done = run("--base", small_base, "--out", tmp_path / "killed", "--resume", launcher=TWO)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed" / adapter).read_bytes() == expected
 
 
 def test_the_tokenizer_is_the_shipped_one(tmp_path, tokenizer):
