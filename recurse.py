@@ -490,11 +490,7 @@ class Engine:
         select = (place >= first[:, None]) & (place < n_new[:, None])
         index = None if whole else torch.tensor(rows, device=device)
         logits = self.model(tokens, cache=self.cache, rows=index, n_new=n_new, select=select).float()  # [sum of wanted, V]
-        if self.greedy:
-            chosen = logits.argmax(dim=-1).tolist()
-        else:
-            logits = (logits - logits.max(dim=-1, keepdim=True).values) / self.temperature
-            chosen = torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0].tolist()
+        chosen = self.choose(logits)
         results, rejected, start = [], [], 0
         for chunk, w in zip(chunks_in, wanted_in, strict=True):
             choices, guesses = chosen[start : start + w], chunk[len(chunk) - w + 1 :] if w else []
@@ -507,6 +503,13 @@ class Engine:
         if any(rejected):
             self.cache.shorten(torch.tensor(rejected, device=device), index)
         return [results[r] for r in rows] if whole else results
+
+    def choose(self, logits: Tensor) -> list[int]:
+        """The next token at each place, from logits [N, V]."""
+        if self.greedy:
+            return logits.argmax(dim=-1).tolist()
+        logits = (logits - logits.max(dim=-1, keepdim=True).values) / self.temperature
+        return torch.multinomial(logits.softmax(-1), 1, generator=self.generator)[:, 0].tolist()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -211,7 +211,7 @@ class Parity:
     name = "parity"
     example = "What is the parity of [0, 1, 1]?"
     train_lengths = range(1, 22)
-    ood_lengths = (10, 21, 30, 40, 50, 60, 80, 100)
+    ood_lengths = (10, 21, 30, 40, 42, 60, 84, 100)
 
     @dataclass(frozen=True)
     class Problem:
@@ -497,11 +497,15 @@ class DP:
 
 
 class Primer:
-    """What the shipped base is trained on, in place of a web corpus: handling of text, and sums of single digits.
+    """What the shipped base is trained on, in place of a web corpus: handling of text, and small arithmetic.
 
     A context gives one or two *records* (one or two sequences in some notation, joined by a delimiter or named), then asks for
     operations by keyword. The only sums are of two digits and a carry, and of an integer and one from -9 to 9. Every reply
     follows from what is given: words straight before a sequence belong to its record, a colon ends those that do not.
+
+    In a second part, `more`, there are longer lists, records that end in True or False, values of short expressions of items of
+    named lists, and quotations of any text: a token that a base has never been asked to write can hardly be taught to an adapter,
+    as that leaves the output layer as it is.
     """
 
     name = "primer"
@@ -519,10 +523,36 @@ class Primer:
         "field": 1, "swap": 1, "reverse": 1, "zip": 1, "grow": 1, "headsum": 2, "lastsum": 1, "topsum": 4,
     }  # fmt: skip
 
-    def __init__(self, max_items: int = 128):
+    # Expressions as Python writes them, of items of named lists; s is from -9 to 9.
+    EXPRESSIONS = (
+        ("{x}", lambda x, y, s: x),
+        ("{y} + {s}", lambda x, y, s: y + s),
+        ("{s} + {y}", lambda x, y, s: s + y),
+        ("max({x}, {y})", lambda x, y, s: max(x, y)),
+        ("max({x}, {s} + {y})", lambda x, y, s: max(x, s + y)),
+        ("max({x}, {s} + {y}, 0)", lambda x, y, s: max(x, s + y, 0)),
+        ("max({s}, 0)", lambda x, y, s: max(s, 0)),
+        ("{x} == {s} + {y}", lambda x, y, s: x == s + y),
+        ("{x} == {y}", lambda x, y, s: x == y),
+    )
+    LISTS = ("array", "item", "sum", "index", "return", "input", "value", "data", "x", "y")
+    # For quotations; the tasks' own words are among them, and in no order.
+    QUOTED = (
+        *WORDS, *LISTS, *(
+            "Append Since We all and at by call chosen_indices dp element else first from get if is it max maximum min "
+            "minus negative new next no nonadjacent not of on one only or otherwise our Reconstructing return should so "
+            "solve store subsequences subproblem take than that then there time to together true update us use_next_item "
+            "was we when which why you"
+        ).split(),
+    )  # fmt: skip
+
+    def __init__(self, max_items: int = 128, more: bool = True):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
+        self.more = more
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
+        if self.more and (part := rng.random()) < 0.3:
+            return self._quotation(rng) if part < 0.12 else self._lists(rng)
         r = rng.random()
         if r < 0.12:
             return self._sums(rng)
@@ -562,6 +592,7 @@ class Primer:
         fields: list[list[str]]  # items of each field
         names: list[str]  # a name for each field, or empty
         mark: str  # after a single named field
+        flag: tuple[str, ...]  # name and value of a last field that is no sequence, or empty
         delimiter: str  # between fields without a name
         notation: tuple[str, str, str]
         alphabet: str
@@ -570,12 +601,15 @@ class Primer:
             opening, separator, closing = self.notation
             return opening + separator.join(items) + closing
 
-        def write(self, fields: list[list[str]]) -> str:
+        def write(self, fields: list[list[str]], flag: str = "") -> str:
+            """With other fields, and another flag where one is given."""
             texts = [self.field(items) for items in fields]
-            if self.names:
-                texts = [f"{name} {text}" for name, text in zip(self.names, texts, strict=True)]
-                return ", ".join(texts) + (self.mark if len(texts) == 1 else "")
-            return self.delimiter.join(texts)
+            if not self.names:
+                return self.delimiter.join(texts)
+            texts = [f"{name} {text}" for name, text in zip(self.names, texts, strict=True)]
+            if self.flag:
+                return ", ".join([*texts, f"{self.flag[0]} {flag or self.flag[1]}"])
+            return ", ".join(texts) + (self.mark if len(texts) == 1 else "")
 
         @property
         def text(self) -> str:
@@ -625,6 +659,8 @@ class Primer:
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
+        if self.more and cost == 3:
+            cost = 2 if alphabet == "integers" else 1
         count = 1 if short else rng.choice((1, 2, 2))
         n = self._length(rng, cost)
         lengths = [n if rng.random() < 0.8 else self._length(rng, cost) for _ in range(count)]
@@ -634,9 +670,13 @@ class Primer:
             if rng.random() < 0.5:
                 fields = [[rng.choice(symbols)], fields[-1]]
             longest = 4 if len(fields) == 1 else 2
-            names = [" ".join(rng.choices(self.WORDS, k=rng.randint(1, rng.randint(1, longest)))) for _ in fields]
+            names = [self._name(rng, longest) for _ in fields]
+        flag = (self._name(rng, 3), rng.choice(("True", "False"))) if self.more and names and rng.random() < 0.5 else ()
         delimiter = rng.choice(self.DELIMITERS) if rng.random() < 0.6 else " + "
-        return Primer.Record(fields, names, rng.choice(("", "", "?")), delimiter, notation, alphabet)
+        return Primer.Record(fields, names, rng.choice(("", "", "?")), flag, delimiter, notation, alphabet)
+
+    def _name(self, rng: random.Random, longest: int) -> str:
+        return " ".join(rng.choices(self.WORDS, k=rng.randint(1, rng.randint(1, longest))))
 
     def _operation(self, rng: random.Random, first: "Primer.Record", r: "Primer.Record") -> tuple[str, str]:
         """(keyword, result). `cons` and `topsum` are about the first record as well, all others about the latest alone."""
@@ -661,7 +701,8 @@ class Primer:
         if op == "copy":
             return op, r.text
         if op == "rest":
-            return op, r.write([x[1:] for x in f])
+            flag = rng.choice(("", "True", "False")) if r.flag else ""
+            return f"rest {flag}".rstrip(), r.write([x[1:] for x in f], flag)
         if op == "chop":
             return op, r.write([x[:-1] for x in f])
         if op == "reverse":
@@ -683,7 +724,7 @@ class Primer:
             k = rng.choice((0, 1))
             return f"field {k + 1}", r.field(f[k])
         if op == "swap":
-            return op, Primer.Record(f[::-1], r.names[::-1], r.mark, r.delimiter, r.notation, r.alphabet).text
+            return op, Primer.Record(f[::-1], r.names[::-1], r.mark, r.flag, r.delimiter, r.notation, r.alphabet).text
         if op == "zip":
             side = rng.choice(("left", "right"))
             a, b = f if side == "left" else (f[0][::-1], f[1][::-1])
@@ -727,6 +768,54 @@ class Primer:
             out += [given(("\n" if i else "") + f"{kind} {a} {b}: "), written(reply)]
         return out
 
+    def _lists(self, rng: random.Random) -> Context:
+        """Values of expressions of items of named lists, which need not all be given at once."""
+        names = rng.sample(self.LISTS, rng.choice((1, 2, 2, 3)))
+        n = self._length(rng, 3)
+        lists = {name: [] for name in names}
+        for i, name in enumerate(names):  # one at least is of small integers
+            small, length = i == 0 or rng.random() < 0.3, n if rng.random() < 0.7 else self._length(rng, 3)
+            lists[name] = [rng.randint(-9, 9) if small else rng.randint(-9, rng.choice((9, 30, 100))) for _ in range(length)]
+        rng.shuffle(names)
+        shown = rng.randint(1, len(names))  # lists given so far
+        asked, used = [], set()
+        count = rng.randint(1, 6)
+        while len(asked) < count:
+            places = [(name, i) for name in names[:shown] for i in range(min(4, len(lists[name])))]
+            small = [p for p in places if abs(lists[p[0]][p[1]]) <= 9]
+            if not small and shown == len(names):  # all have been made large, in what follows
+                break
+            if small:
+                x, y = rng.choices(places, [(4, 3, 3, 1)[i] for _, i in places], k=2)
+                s = rng.choice(small)
+                template, value = rng.choice(self.EXPRESSIONS)
+                if "==" in template and x not in used | {y, s} and rng.random() < 0.5:  # random items are seldom equal
+                    lists[x[0]][x[1]] = lists[y[0]][y[1]] + (lists[s[0]][s[1]] if "{s}" in template else 0)
+                used.add(s)
+                asked.append((template, value, (x, y, s), shown))
+            shown = min(shown + rng.randint(0 if asked else 1, 1), len(names))
+        out: Context = []
+        given_lists = 0
+        for template, value, places, shown in asked:
+            text = ("\n" if out else "") + "".join(f"{name} {lists[name]}\n" for name in names[given_lists:shown])
+            given_lists = shown
+            ask = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", places, strict=True)})
+            reply = str(value(*(lists[name][i] for name, i in places)))
+            out += [given(f"{text}{ask}{rng.choice((' = ', ': '))}"), written(reply)]
+        return out
+
+    def _quotation(self, rng: random.Random) -> Context:
+        """Words in no order, with marks and other characters among them, to be written again as they stand."""
+        words = rng.choices(self.QUOTED, k=int(49 ** rng.random()))
+        for i in range(len(words)):
+            if rng.random() < 0.15:
+                words[i] = "".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(1, 4)))
+            elif rng.random() < 0.2:
+                words[i] += rng.choice(".,:;?!)]=+-_")
+        text = " ".join(words)
+        ask = rng.choice(("copy", *self.WORDS))
+        return [given(f"{text}\n{ask}: " if rng.random() < 0.5 else f"copy {text}\n{ask}: "), written(text)]
+
 
 TASKS = {task.name: task for task in (Addition, DP, Parity)}
 
@@ -737,7 +826,7 @@ def tokenizer_corpus(seed: int = 0) -> list[str]:
     lines = [""]
     for max_items in (4, 8, 16):
         for _ in range(4000):
-            lines += "".join(s.text for s in Primer(max_items).training_context(rng)).split("\n")
+            lines += "".join(s.text for s in Primer(max_items, more=False).training_context(rng)).split("\n")
     lines += TEMPLATES * 1500
     # Sentencepiece puts a space before each line, but after a newline a word has none: show it such words too.
     lines += [f"={word}: " for word in ("Solution", "Return", "Answer", "Call", "Carry")] * 2000

@@ -54,8 +54,9 @@ class TrainConfig:
     task: Literal[(*TASKS, "primer")] = "addition"
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
-    preset: Literal["tiny", "paper", "base"] = "tiny"
-    """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the shipped base itself"""
+    preset: Literal["tiny", "paper", "base", "base2"] = "tiny"
+    """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the two parts of the training of
+    the shipped base itself"""
     base: Path = Path("checkpoints/tiny")
     """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
     out: Path = Path("runs")
@@ -74,8 +75,8 @@ class TrainConfig:
     targets: tuple[str, ...] = lora.LAYERS
     """linear layers that get an adapter, by Meta's names"""
 
-    steps: int = 1600
-    """optimizer steps"""
+    steps: int | None = None
+    """optimizer steps (default: STEPS of the task)"""
     batch_size: int = 32
     """contexts per step"""
     micro_tokens: int = 4096
@@ -109,6 +110,8 @@ class TrainConfig:
 
 # For adapters of the shipped base: the best of those tried on addition (see the README).
 LEARNING_RATES = {"baseline": 3e-3, "scratchpad": 1.5e-3, "retuning": 3e-3}
+# The same for all methods of a task. Contexts of addition are the shortest.
+STEPS = {"addition": 1600, "parity": 1200, "dp": 1000}
 
 PRESETS: dict[str, dict] = {
     "tiny": {},
@@ -119,6 +122,10 @@ PRESETS: dict[str, dict] = {
     ),
     "base": dict(
         task="primer", full=True, from_scratch=True, steps=2700, batch_size=32, lr=3e-3, warmup=20, decay=0.5,
+        weight_decay=0.01, replay=0.0,
+    ),
+    "base2": dict(
+        task="primer", full=True, base=Path("runs/primer"), steps=500, batch_size=32, lr=1.5e-3, warmup=20, decay=0.8,
         weight_decay=0.01, replay=0.0,
     ),
 }  # fmt: skip
@@ -203,7 +210,7 @@ class Data:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
-        primer = Primer(int(8 * 16**difficulty))  # sequences of up to 128 items in the end
+        primer = Primer(int(8 * 16**difficulty), more=not self.c.from_scratch)  # sequences of up to 128 items in the end
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))
@@ -226,7 +233,7 @@ class Data:
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
         rng = random.Random(f"validation-{self.c.seed}")
-        task = Primer() if self.c.task == "primer" else TASKS[self.c.task]
+        task = Primer(more=not self.c.from_scratch) if self.c.task == "primer" else TASKS[self.c.task]
         return [self.draw(task, rng) for _ in range(n)]
 
 
@@ -652,6 +659,8 @@ def main() -> None:
     c = tyro.cli(TrainConfig, default=default)
     if c.lr is None:
         c.lr = LEARNING_RATES[c.method]
+    if c.steps is None:
+        c.steps = STEPS.get(c.task, 1200)
     folder = None
     if c.resume:
         flags = {a.lstrip("-").removeprefix("no-").replace("-", "_") for a in argv if a.startswith("--")}

@@ -1,11 +1,16 @@
 """Recursive decoding, rung by rung, against `transformers`: the same weights, the same problems, one run, one table.
 
     python benchmarks/decode.py --task addition --length 15 --n 16
+    python benchmarks/decode.py --task addition --length 40 --n 64 --slow 1 --shape 7b    # random weights of LLaMA's shape
 
 (a) the way of the paper's release: `generate` for one context at a time, all of it encoded again after each return;
 (b) the best with `transformers`: batched `generate` over all contexts of the same depth, padded on the left;
 (c) ours: without a cache; with one, but a suspended context is encoded again; its cache kept; many problems at once; a subproblem
 that several have solved once; guesses.
+
+With random weights every forward pass is made, but what it writes is replaced by what a perfect model would write, so that the
+calls are those of the task. "arithmetic" is the share of a large matrix product's speed on this device that the tokens fed come
+to (2 operations a parameter), "memory" the share of the speed of reading memory that the weights, read once a pass, come to.
 
 Prints a table, and one JSON object (--json). Needs transformers (requirements-dev.txt).
 """
@@ -13,8 +18,8 @@ Prints a table, and one JSON object (--json). Needs transformers (requirements-d
 import json
 import random
 import sys
-import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +31,12 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from shapes import SHAPES, bytes_per_second, flops_of_a_product, in_transformers, random_model, synchronize  # noqa: E402
+
 import lora  # noqa: E402
 import model as llama  # noqa: E402
-from recurse import Decoder, Engine, Limits, bounds, load_solver  # noqa: E402
+import train  # noqa: E402
+from recurse import Decoder, Engine, Limits, bounds, free_bytes, load_solver  # noqa: E402
 from tasks import CALL, SOLUTION, TASKS, return_value, returned  # noqa: E402
 
 Contexts = list[list[list[int]]]  # the ids of every context of every problem, in the order they were opened
@@ -47,6 +55,8 @@ class Config:
     batch: int = 128
     """problems at once in (c); (b) takes all"""
     adapter: Path | None = None
+    shape: Literal[("shipped", *SHAPES)] = "shipped"
+    """other than shipped: random weights, that are made to write what a perfect model would (give --dtype bfloat16)"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """in fp32 every rung must write the same tokens"""
@@ -80,17 +90,82 @@ class Uncached(Engine):
         for row, chunk, w in zip(rows, chunks, wanted, strict=True):
             self.contexts[row] = self.contexts[row] + chunk
             self.forwarded += len(self.contexts[row])
-            logits = self.model(torch.tensor([self.contexts[row]], device=self.model.device))[0, -1]
-            out.append([int(logits.argmax())] if w else [])
+            logits = self.model(torch.tensor([self.contexts[row]], device=self.model.device))[0, -1:]
+            out.append(self.choose(logits) if w else [])
         return out
+
+
+class Oracle:
+    """What a perfect model writes next."""
+
+    def __init__(self, task, tokenizer: llama.Tokenizer):
+        self.task, self.tokenizer = task, tokenizer
+        self.recent: list[train.Example] = []  # contexts take turns
+
+    def __call__(self, ids: list[int]) -> int:
+        example = next((e for e in self.recent if ids == e.tokens[: len(ids)]), None)
+        if example is None:
+            problem = self.task.from_text(self.tokenizer.sp.decode(ids).partition(SOLUTION)[0])
+            example = train.encode(self.task.context(problem, "retuning"), self.tokenizer)
+            self.recent = [example, *self.recent[:255]]
+        return example.labels[len(ids) - 1]
+
+
+def forced(engine: type[Engine], oracle: Oracle) -> type[Engine]:
+    """An engine that makes every forward pass, and then writes what the oracle says."""
+
+    class Forced(engine):
+        def reset(self, n_rows: int) -> None:
+            super().reset(n_rows)
+            self.texts: list[list[int]] = [[] for _ in range(n_rows)]
+
+        def clear(self, row: int) -> None:
+            super().clear(row)
+            self.texts[row] = []
+
+        def take(self, row: int):
+            return *super().take(row), torch.tensor(self.texts[row])
+
+        def put(self, row: int, saved) -> None:
+            super().put(row, saved[:2])
+            self.texts[row] = saved[2].tolist()
+
+        def feed(self, rows, chunks, wanted=None):
+            todo = list(zip(rows, chunks, wanted or [1] * len(rows), strict=True))
+            self.choices: dict[int, list[int]] = {}
+            for row, chunk, w in todo:
+                guesses = chunk[len(chunk) - w + 1 :] if w else []
+                self.texts[row] = self.texts[row] + chunk[: len(chunk) - len(guesses)]
+                choices = [oracle(self.texts[row])] if w else []
+                for guess in guesses:
+                    right = guess == choices[-1]
+                    if right:
+                        self.texts[row] = [*self.texts[row], guess]
+                    choices.append(oracle(self.texts[row]) if right else -1)
+                self.choices[row] = choices
+            order = sorted(rows) if 2 * len(rows) > len(self.texts) else rows  # as `feed` does
+            self.queue = deque(x for row in order for x in self.choices[row])
+            return super().feed(rows, chunks, wanted)
+
+        def choose(self, logits):
+            return [self.queue.popleft() for _ in super().choose(logits)]
+
+    return Forced
 
 
 class Release:
     """(a) One context after the other, each `generate` from the whole of it."""
 
-    def __init__(self, theirs, tokenizer: llama.Tokenizer, limit: int):
-        self.theirs, self.tokenizer, self.limit = theirs, tokenizer, limit
+    def __init__(self, theirs, tokenizer: llama.Tokenizer, limit: int, oracle: Oracle | None):
+        self.theirs, self.tokenizer, self.limit, self.oracle = theirs, tokenizer, limit, oracle
         self.forwarded = 0
+
+    def force(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """A logits processor: all but the oracle's token are impossible. (A row that has ended is filled with padding.)"""
+        eos = self.tokenizer.eos_id
+        rows = [ids_[pads:] for ids_, pads in zip(ids.tolist(), self.pads, strict=True)]
+        new = [eos if eos in row else self.oracle(row) for row in rows]
+        return torch.full_like(scores, float("-inf")).scatter_(1, torch.tensor(new, device=scores.device)[:, None], 0.0)
 
     def generate(self, contexts: list[list[int]]) -> list[list[int]]:
         """What each context is continued by, without the EOS."""
@@ -98,9 +173,11 @@ class Release:
         pad, eos = self.tokenizer.sp.unk_id(), self.tokenizer.eos_id
         ids = torch.tensor([[pad] * (longest - len(c)) + c for c in contexts], device=self.theirs.device)
         mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts], device=self.theirs.device)
+        self.pads = [longest - len(c) for c in contexts]
         out = self.theirs.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=self.limit, pad_token_id=pad, eos_token_id=eos
-        )
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=self.limit, pad_token_id=pad, eos_token_id=eos,
+            logits_processor=[self.force] if self.oracle else None,
+        )  # fmt: skip
         new = out[:, longest:].tolist()
         self.forwarded += len(contexts) * (longest + out.shape[1] - longest - 1)  # padding is forwarded too
         return [row[: row.index(eos)] if eos in row else row for row in new]
@@ -156,24 +233,34 @@ def ours(engine: Engine, tokenizer: llama.Tokenizer, limits: Limits, prompts: li
 
 
 def main(c: Config) -> None:
-    import transformers
 
     task, rng = TASKS[c.task], random.Random(f"benchmark-{c.task}-{c.length}")
     problems = [task.sample(rng, c.length) for _ in range(c.n)]
     prompts = [task.prompt(p, "retuning") for p in problems]
     device = llama.pick_device(c.device)
     dtype = llama.pick_dtype(c.dtype, device)
-    model, tokenizer = load_solver(c.adapter or lora.find_adapter(c.task, "retuning"), None, device, dtype)
-    with tempfile.TemporaryDirectory() as folder:  # the very same weights for transformers
-        llama.save(model, tokenizer, Path(folder), dtype=dtype)
-        theirs = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+    if c.shape == "shipped":
+        oracle = None
+        model, tokenizer = load_solver(c.adapter or lora.find_adapter(c.task, "retuning"), None, device, dtype)
+    else:
+        tokenizer = llama.Tokenizer(llama.find_tokenizer(Path("checkpoints/tiny")))
+        model, oracle = random_model(c.shape, device, dtype), Oracle(task, tokenizer)
+    theirs = in_transformers(model, tokenizer)
     limit = bounds(task, problems, "retuning", tokenizer)
-    release, batched = (way(theirs, tokenizer, limit["max_segment_tokens"]) for way in (Release, Batched))
+    release, batched = (way(theirs, tokenizer, limit["max_segment_tokens"], oracle) for way in (Release, Batched))
+    passes = 0
+
+    def count(*_) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.register_forward_hook(count)
+    theirs.register_forward_hook(count)
 
     def rung(engine: type[Engine], n: int, **limits) -> Callable[[], tuple[Contexts, int]]:
         def run() -> tuple[Contexts, int]:
-            e = engine(model)
-            contexts, forwarded = ours(e, tokenizer, Limits(**limit | limits), prompts[:n])
+            e = (forced(engine, oracle) if oracle else engine)(model)
+            contexts, forwarded = ours(e, tokenizer, Limits(**limit | {"cache_bytes": free_bytes(device)} | limits), prompts[:n])
             return contexts, getattr(e, "forwarded", forwarded)
 
         return run
@@ -190,32 +277,45 @@ def main(c: Config) -> None:
         "    guesses": (c.n, rung(Engine, c.n, batch=c.batch)),
     }
     release.generate([tokenizer.start(prompts[0])])  # warm up
-    ours(Engine(model), tokenizer, Limits(**limit), prompts[:1])
+    rung(Engine, 1)()
     release.forwarded = 0
+    arithmetic, memory = flops_of_a_product(device, dtype), bytes_per_second(device)
+    parameters = sum(p.numel() for p in model.parameters()) - model.tok_embeddings.weight.numel()  # those are looked up
+    size = parameters * model.output.weight.element_size()
     rows, all_contexts = [], {}
     for name, (n, run) in rungs.items():
-        began = time.perf_counter()
-        contexts, forwarded = run()
-        speed = n / (time.perf_counter() - began)
-        all_contexts[name] = contexts
-        rows.append({"rung": name.strip(), "problems": n, "problems_per_second": speed, "forwarded_per_problem": forwarded / n})
+        passes, began = 0, time.perf_counter()
+        all_contexts[name], forwarded = run()
+        synchronize(device)
+        seconds = time.perf_counter() - began
+        rows.append({
+            "rung": name.strip(), "problems": n, "problems_per_second": n / seconds, "forwarded_per_problem": forwarded / n,
+            "passes_per_problem": passes / n, "arithmetic": 2 * parameters * forwarded / seconds / arithmetic,
+            "memory": passes * size / seconds / memory,
+        })  # fmt: skip
     reference = all_contexts["(b) transformers, batched"]
     for row, contexts in zip(rows, all_contexts.values(), strict=True):
         if sum(map(len, contexts)) == sum(map(len, reference[: len(contexts)])):
             row["same_tokens"] = contexts == reference[: len(contexts)]
         else:  # what was shared was run for one problem alone
             row["same_tokens"] = {tuple(x) for p in contexts for x in p} == {tuple(x) for p in reference for x in p}
-    print(f"{c.task}, length {c.length}, {dtype} on {device}, {torch.get_num_threads()} threads")
-    print(f"{'':<36}{'problems/s':>12}{'forwarded each':>16}{'x (a)':>9}{'x (b)':>9}  same tokens")
+    print(
+        f"{c.task}, length {c.length}, {c.shape} model in {dtype} on {device}, {torch.get_num_threads()} threads; "
+        f"a product {arithmetic / 1e9:.0f} GFLOP/s, memory {memory / 1e9:.0f} GB/s"
+    )
+    columns = f"{'problems/s':>12}{'tokens each':>12}{'passes each':>12}{'arithmetic':>11}{'memory':>8}{'x (a)':>9}{'x (b)':>9}"
+    print(f"{'':<36}{columns}  same tokens")
     for name, row in zip(rungs, rows, strict=True):
         speed = row["problems_per_second"]
         row["over_release"], row["over_batched"] = (speed / rows[i]["problems_per_second"] for i in (0, 1))
         print(
-            f"{name:<36}{speed:>12.3f}{row['forwarded_per_problem']:>16.0f}{row['over_release']:>9.1f}{row['over_batched']:>9.1f}"
+            f"{name:<36}{speed:>12.3f}{row['forwarded_per_problem']:>12.0f}{row['passes_per_problem']:>12.1f}"
+            f"{row['arithmetic']:>11.1%}{row['memory']:>8.1%}{row['over_release']:>9.1f}{row['over_batched']:>9.1f}"
             f"  {'yes' if row['same_tokens'] else 'NO'}"
         )
     if c.json:
-        print(json.dumps({"task": c.task, "length": c.length, "dtype": str(dtype), "device": str(device), "rungs": rows}))
+        print(json.dumps({"task": c.task, "length": c.length, "shape": c.shape, "dtype": str(dtype), "device": str(device),
+                          "product_flops": arithmetic, "memory_bytes_per_second": memory, "rungs": rows}))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ training lengths: tokens of an example, and of all the contexts of one problem. 
 problem as it grows. Memory is what autograd has kept when the forward pass is done, measured on the shipped base
 (without gradient checkpointing), and for LLaMA 7B by a formula: with checkpointing each block keeps its input, layers x width
 x 2 bytes a token, and one block at a time is computed again, about 2 x (10 width + 4 hidden) bytes a token in bf16.
+
+Writes <out>/memory.json and, where matplotlib is installed, <out>/memory.png: memory against length.
 """
 
 import json
@@ -20,6 +22,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import model as llama  # noqa: E402
 import train  # noqa: E402
 from tasks import METHODS, TASKS  # noqa: E402
 
@@ -33,8 +36,7 @@ class Config:
     """examples and problems for the first table"""
     lengths: tuple[int, ...] = (5, 10, 20, 40, 60)
     """problem lengths for the second"""
-    json: bool = False
-    """print a JSON object too"""
+    out: Path = Path("results")
 
 
 def kept_bytes(model, examples: list[train.Example]) -> int:
@@ -105,8 +107,34 @@ def main(c: Config) -> None:
                 for r in cells
             ]
             print(f"{name:<12}{method:<12}" + "".join(f"{text:>22}" for text in texts))
-    if c.json:
-        print(json.dumps({"examples": rows, "longest": longest}))
+    text = json.dumps({"examples": rows, "longest": longest}, indent=1) + "\n"
+    c.out.mkdir(parents=True, exist_ok=True)
+    llama.write_atomically(c.out / "memory.json", lambda p: p.write_text(text))
+    drawn = plot(longest, c.out / "memory.png")
+    print(f"\nwritten: {c.out}/memory.json" + (f", {c.out}/memory.png" if drawn else " (no figure: matplotlib is not installed)"))
+
+
+def plot(longest: list[dict], path: Path) -> bool:
+    """Memory that the longest context of a problem takes, against the problem's length. False without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(TASKS), figsize=(5 * len(TASKS), 3.5), sharey=True)
+    for axis, task in zip(axes, TASKS, strict=True):
+        for method, marker in zip(METHODS, "sov", strict=True):
+            points = [r for r in longest if (r["task"], r["method"]) == (task, method) and r["bytes"]]
+            axis.plot([r["length"] for r in points], [r["bytes"] / 1e6 for r in points], marker=marker, label=method)
+        axis.set(title=task, xlabel="length of the problem", ylabel="memory of its longest context (MB)", yscale="log")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    llama.write_atomically(path, lambda p: figure.savefig(p, dpi=100, format="png"))
+    plt.close(figure)
+    return True
 
 
 if __name__ == "__main__":
