@@ -539,7 +539,7 @@ class Primer:
     # For quotations; the tasks' own words are among them, and in no order.
     QUOTED = (
         *WORDS, *LISTS, *(
-            "Append Since We all and at by call chosen_indices dp element else first from get if is it max maximum min "
+            "Append If Since We all and at by call chosen_indices dp element else first from get if is it max maximum min "
             "minus negative new next no nonadjacent not of on one only or otherwise our Reconstructing return should so "
             "solve store subsequences subproblem take than that then there time to together true update us use_next_item "
             "was we when which why you"
@@ -805,14 +805,19 @@ class Primer:
         return out
 
     def _quotation(self, rng: random.Random) -> Context:
-        """Words in no order, with marks and other characters among them, to be written again as they stand."""
+        """Words in no order, in lines, with marks and other characters among them, to be written again as they stand."""
         words = rng.choices(self.QUOTED, k=int(49 ** rng.random()))
         for i in range(len(words)):
-            if rng.random() < 0.15:
+            r = rng.random()
+            if r < 0.15:
                 words[i] = "".join(chr(rng.randint(33, 126)) for _ in range(rng.randint(1, 4)))
-            elif rng.random() < 0.2:
+            elif r < 0.25:
+                words[i] = rng.choice(("=", "==", "!=", "+", "-", "|"))
+            elif r < 0.4:
                 words[i] += rng.choice(".,:;?!)]=+-_")
-        text = " ".join(words)
+            elif r < 0.5:
+                words[i] = rng.choice("([_=+-") + words[i]
+        text = "".join(word + rng.choices(" \n", (9, 1))[0] for word in words)[:-1]
         ask = rng.choice(("copy", *self.WORDS))
         return [given(f"{text}\n{ask}: " if rng.random() < 0.5 else f"copy {text}\n{ask}: "), written(text)]
 

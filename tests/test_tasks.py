@@ -264,16 +264,17 @@ def test_the_primer_holds_no_instance_of_a_task():
 
 
 def test_what_a_task_writes_has_been_written_in_the_primer(tokenizer):
-    """Every token: an adapter cannot change the output layer."""
+    """Every token, and not by chance alone: an adapter cannot change the output layer."""
     rng = random.Random(4)
 
     def tokens(contexts):
-        return {t for context in contexts for s in context if s.written for t in tokenizer.segment(s.text)}
+        return Counter(t for context in contexts for s in context if s.written for t in tokenizer.segment(s.text))
 
     known = tokens(Primer(20).training_context(rng) for _ in range(6000))
     for task, method in itertools.product(TASKS.values(), METHODS):
-        unknown = tokens(task.training_context(rng, method) for _ in range(300)) - known
-        assert not unknown, (task.name, method, [tokenizer.sp.id_to_piece(t) for t in unknown])
+        needed = tokens(task.training_context(rng, method) for _ in range(300))
+        rare = {tokenizer.sp.id_to_piece(t): known[t] for t in needed if known[t] < 10}
+        assert not rare, (task.name, method, rare)
 
 
 def test_every_task_has_the_interface():
