@@ -55,8 +55,8 @@ class TrainConfig:
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
     preset: Literal["tiny", "paper", "base", "base2"] = "tiny"
-    """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the two parts of the training of
-    the shipped base itself"""
+    """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; a base like the shipped one,
+    from scratch, and for its second part"""
     base: Path = Path("checkpoints/tiny")
     """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
     out: Path = Path("runs")
@@ -205,12 +205,13 @@ class Data:
     def __init__(self, c: TrainConfig, tokenizer: Tokenizer, max_seq_len: int):
         self.c, self.tokenizer, self.max_seq_len = c, tokenizer, max_seq_len
         self.is_boundary = boundaries(tokenizer)
+        self.more = c.full and not c.from_scratch  # adapters replay what the shipped base has seen: the primer's first part
 
     def step(self, step: int) -> list[Example]:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
-        primer = Primer(int(8 * 16**difficulty), more=not self.c.from_scratch)  # sequences of up to 128 items in the end
+        primer = Primer(int(8 * 16**difficulty), more=self.more)  # sequences of up to 128 items in the end
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))
@@ -233,7 +234,7 @@ class Data:
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
         rng = random.Random(f"validation-{self.c.seed}")
-        task = Primer(more=not self.c.from_scratch) if self.c.task == "primer" else TASKS[self.c.task]
+        task = Primer(more=self.more) if self.c.task == "primer" else TASKS[self.c.task]
         return [self.draw(task, rng) for _ in range(n)]
 
 

@@ -221,7 +221,7 @@ def run_in_a_fork(argv):
 
 
 def test_twenty_kills_change_nothing(small_base, tmp_path, monkeypatch):
-    """SIGKILL at random moments, half of them soon after the first checkpoint; a resumed run ends with the very same adapter."""
+    """SIGKILL at random moments; a resumed run ends with the very same adapter."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the server, which has to find what it is to import beforehand
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["train"])
