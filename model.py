@@ -258,8 +258,11 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend") -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend", select: Tensor | None = None) -> Tensor:
+        """`select`, as x without its last dimension: the places that are wanted, all others are left out of what is returned."""
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
+        if select is not None:  # each place by itself from here on
+            x = x[select]
         return x + self.feed_forward(self.ffn_norm(x))
 
 
@@ -302,7 +305,7 @@ class LLaMA(nn.Module):
         cache       keys and values of what came before; the new ones are appended to it.
         rows        [B] the rows of the cache that these tokens belong to (default: all, in order).
         n_new       [B] how many of the T tokens are real in each row (default: all T). Only these count as cached.
-        select      as tokens, bool: where logits are wanted (the output layer is the largest product of a small step).
+        select      as tokens, bool: where logits are wanted. The last feed-forward and the output layer see no other place.
         lengths     of the contexts packed into tokens [N], N in all. They see nothing of each other. Without a cache only.
 
         Returns [*tokens.shape, vocab_size], or [select.sum(), vocab_size]. Raises ValueError where a context would outgrow
@@ -330,17 +333,16 @@ class LLaMA(nn.Module):
         cos, sin = rotary_angles(positions, self.config)
         x = self.tok_embeddings(tokens)  # [B, T, D], or [N, D] if packed or with a cache
         for layer, attend in zip(self.layers, attends, strict=True):
+            wanted = select if layer is self.layers[-1] else None
             if gradient_checkpointing and torch.is_grad_enabled():
                 # Reentrant checkpointing gives no gradient at all where the inputs need none, as under a frozen base.
-                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, wanted, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, attend)
+                x = layer(x, cos, sin, attend, wanted)
         if cache is not None:
             cache.close(T if n_new is None else n_new, rows)
-        if select is not None:
-            x = x[select]
-        elif cache is not None:
-            x = attends[0].pad(x)
+            if select is None:
+                x = attends[0].pad(x)
         return self.output(self.norm(x))
 
 

@@ -8,13 +8,15 @@
 * the best with `transformers`: one sequence a context, groups of like length, SDPA, logits at every place;
 * ours: contexts packed without padding, logits at target places alone.
 
-Every way runs in a process of its own. Peak memory is that of the process beyond what it had before its first step (on a GPU:
-all that was allocated, the weights too); the losses of the last step say that the work is the same. Utilization is useful
+Every way runs in a process of its own; on a CPU they take turns, step by step, so that what else the machine does is felt by all
+of them alike. Peak memory is that of the process beyond what it had before its first step (on a GPU: all that was allocated, the
+weights too); the losses of the last step say that the work is the same. Utilization is useful
 floating-point operations against those of a large matrix product on the same device: 4 a parameter and token for the frozen base
 (forward, and the gradient of activations), 6 for LoRA and for attention; what checkpointing computes again does not count.
 Needs transformers and peft (requirements-dev.txt).
 """
 
+import contextlib
 import ctypes
 import json
 import random
@@ -68,6 +70,8 @@ class Config:
     """print a JSON object too"""
     way: Literal[(*WAYS, "all")] = "all"
     """one way alone prints one JSON object"""
+    paced: bool = False
+    """with one way: wait for a line of input before each step, and print an empty one after it"""
 
 
 def split(example: Example) -> list[Example]:
@@ -187,11 +191,17 @@ def run(c: Config) -> dict:
     before = memory(device, peak=False)
     step(steps[0])
     synchronize(device)
-    began = time.perf_counter()
-    for examples in tqdm(steps[1:], desc=WAYS[c.way], disable=None, leave=False):
+    seconds = 0.0
+    for examples in tqdm(steps[1:], desc=WAYS[c.way], disable=c.paced or None, leave=False):
+        if c.paced:
+            print(flush=True)
+            sys.stdin.readline()
+        began = time.perf_counter()
         loss = step(examples)
-    synchronize(device)
-    seconds = time.perf_counter() - began
+        synchronize(device)
+        seconds += time.perf_counter() - began
+    if c.paced:
+        print(flush=True)
     peak = memory(device, peak=True) - before
     work = sum(flops(model, config, examples) for examples in steps[1:])
     return {
@@ -216,15 +226,39 @@ def memory(device: torch.device, peak: bool) -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
+def take_turns(commands: list[list[str]], n_steps: int) -> list[dict]:
+    """What the commands print last, each in a process of its own: one of them at a time makes a step."""
+    with contextlib.ExitStack() as stack:
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        ways = []
+        for command in commands:
+            way = stack.enter_context(subprocess.Popen(command, **pipes))
+            stack.callback(way.kill)
+            ways.append(way)
+            wait(way)  # until it is loaded and warm
+        for _ in tqdm(range(n_steps), disable=None, leave=False):
+            for way in ways:
+                print(file=way.stdin, flush=True)
+                wait(way)
+        return [json.loads(way.stdout.readline()) for way in ways]
+
+
+def wait(way: subprocess.Popen) -> None:
+    if way.stdout.readline() != "\n":
+        raise llama.UserError(f"{' '.join(map(str, way.args))}: failed, see above")
+
+
 def main(c: Config) -> None:
     if c.way != "all":
         print(json.dumps(run(c)))
         return
-    results = []
     flags = [a for a in sys.argv[1:] if a != "--json"]
-    for way in tqdm(WAYS, disable=None, leave=False):
-        done = subprocess.run([sys.executable, __file__, *flags, "--way", way], stdout=subprocess.PIPE, text=True, check=True)
-        results.append(json.loads(done.stdout.splitlines()[-1]))
+    commands = [[sys.executable, __file__, *flags, "--way", way] for way in WAYS]
+    if llama.pick_device(c.device).type == "cpu":
+        results = take_turns([[*command, "--paced"] for command in commands], c.steps)
+    else:  # one model at a time may be all that the memory holds
+        done = [subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout for command in commands]
+        results = [json.loads(text.splitlines()[-1]) for text in done]
     first = results[0]
     print(
         f"{c.task} by {c.method}, {c.shape} base, {c.batch_size} contexts a step, {first['dtype']}, {first['device']}, "

@@ -83,7 +83,7 @@ def check_dp(items):
 
 
 def test_dp_agrees_with_brute_force():
-    """On all lists of up to 4 items, and on longer random ones. (All of 5 items: `python tests/test_tasks.py`.)"""
+    """On all lists of up to 4 items, and on longer random ones. (All of 5 items: `PYTHONPATH=. python tests/test_tasks.py`.)"""
     for n in range(1, 5):
         for items in itertools.product(DP.VALUES, repeat=n):
             check_dp(items)
@@ -277,6 +277,18 @@ def test_what_a_task_writes_has_been_written_in_the_primer(tokenizer):
         assert not rare, (task.name, method, rare)
 
 
+def test_replay_of_one_kind_of_record():
+    """Adapters of dp replay lists of integers, longer than those of their task; those of addition replay all of the primer."""
+    lists = {
+        task: [s.text for e in range(20) for s in Primer(alphabet=getattr(TASKS[task], "replayed", "")).training_context(rng)]
+        for task, rng in (("dp", random.Random(0)), ("addition", random.Random(0)))
+    }
+    assert not any(re.search(r"[0-9]{5}|[A-Z]{2}", text) for text in lists["dp"])
+    assert any(re.search(r"[0-9]{5}", text) for text in lists["addition"])
+    longest = max(text.count(",") for text in lists["dp"])
+    assert 20 < longest <= 2 * 64 and any(re.search(r"\[-?[0-9]+(, -?[0-9]+)*\]", text) for text in lists["dp"])
+
+
 def test_every_task_has_the_interface():
     for name, task in TASKS.items():
         assert task.name == name
@@ -293,3 +305,7 @@ if __name__ == "__main__":
     for five in itertools.product(DP.VALUES, repeat=5):
         check_dp(five)
     print(f"all {len(DP.VALUES) ** 5:,} lists of 5 items agree with brute force")
+    longer = random.Random(0)
+    for _ in range(10_000):
+        check_dp(tuple(longer.choices(DP.VALUES, k=longer.randint(6, 12))))
+    print("and so do 10,000 random lists of 6 to 12 items")
