@@ -203,8 +203,8 @@ class Decoder:
         """A fresh context for a prompt: nothing of the caller's is in it."""
         self.engine.clear(row)
         ids = self.tokenizer.start(prompt)
-        caller = problem.stack[-1].tokens if problem.stack else []  # for guesses only: what is fed is the prompt alone
-        frame = Frame(len(problem.stack), [given(prompt)], [], ids, Lookup([*caller, *ids]))
+        caller = problem.stack[-1].lookup if problem.stack else None  # for guesses only: what is fed is the prompt alone
+        frame = Frame(len(problem.stack), [given(prompt)], [], ids, Lookup(ids, caller))
         problem.stack.append(frame)
         problem.counts.frames += 1
         problem.counts.tokens_prompt += len(ids)
@@ -368,19 +368,21 @@ class Shared:
 class Lookup:
     """Guesses what a frame writes next, as most of it is copied from what stands before (prompt-lookup decoding).
 
-    Keeps a few *places* from which the text may be copied on, each with a degree of trust: the number of tokens in a row that it
-    foretold. Where one fails, the copy may have left something out, replaced a token or put one in, and goes on from near there.
-    A guess costs little where it is wrong, and changes no token: the model checks all of it in one forward pass, and what it
-    would have written itself is what counts.
+    It may stand in the caller's context as well. Keeps a few *places* from which the text may be copied on, each with a degree of
+    trust: the number of tokens in a row that it foretold. Where one fails, the copy may have left something out, replaced a token
+    or put one in, and goes on from near there. A guess costs little where it is wrong, and changes no token: the model checks all
+    of it in one forward pass, and what it would have written itself is what counts.
     """
 
     SIZES = (6, 4, 3, 2)  # of the n-grams that places are looked up by, the longest first
     N_PLACES = 6
     SKIP = 5  # tokens that a copy may leave out: an item of a list
 
-    def __init__(self, ids: list[int]):
-        self.ids: list[int] = []
+    def __init__(self, ids: list[int], caller: "Lookup | None" = None):
+        self.ids: list[int] = caller.ids[caller.start :] if caller else []  # the caller's own, then this frame's
+        self.start = len(self.ids)
         self.after: dict[tuple[int, ...], int] = {}  # n-gram -> place after its latest occurrence that something follows
+        self.caller = caller  # it is suspended: what it knows stays as it is
         self.places: dict[int, float] = {}  # where the next token may stand -> trust, the most trusted first
         for token in ids:
             self._append(token)
@@ -405,7 +407,11 @@ class Lookup:
             self._append(token)
             self.places = places
         for n in self.SIZES:
-            place = self.after.get(tuple(self.ids[-n:]))
+            ngram = tuple(self.ids[-n:])
+            place = self.after.get(ngram)
+            if place is None and self.caller:
+                place = self.caller.after.get(ngram, 0) - self.caller.start
+                place = place if place > 0 else None  # else: there is none, or where the caller was called from
             if place is not None:
                 self.places.setdefault(place, 0.3 * n)
                 break
