@@ -211,7 +211,7 @@ class Parity:
     name = "parity"
     example = "What is the parity of [0, 1, 1]?"
     train_lengths = range(1, 22)
-    ood_lengths = (10, 21, 30, 40, 42, 60, 84, 100)
+    ood_lengths = (10, 21, 30, 40, 42, 60, 84)
 
     @dataclass(frozen=True)
     class Problem:
@@ -322,7 +322,6 @@ class DP:
     train_lengths = range(2, 6)
     ood_lengths = (2, 3, 4, 5, 10, 15, 20, 30)
     VALUES = range(-5, 6)
-    replayed = "integers"  # training lists are short, and base models copy integers less well than digits
 
     @dataclass(frozen=True)
     class Problem:
@@ -547,14 +546,11 @@ class Primer:
         ).split(),
     )  # fmt: skip
 
-    def __init__(self, max_items: int = 128, more: bool = True, alphabet: str = ""):
+    def __init__(self, max_items: int = 128, more: bool = True):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
         self.more = more
-        self.alphabet = alphabet  # of all records, where one is given; then there is nothing but records
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
-        if self.alphabet:
-            return self._records(rng)
         if self.more and (part := rng.random()) < 0.3:
             return self._quotation(rng) if part < 0.12 else self._lists(rng)
         r = rng.random()
@@ -649,9 +645,7 @@ class Primer:
 
     def _record(self, rng: random.Random, short: bool, like: "Primer.Record | None" = None) -> "Primer.Record":
         r = rng.random()
-        if self.alphabet:
-            alphabet, notation = self.alphabet, self.NOTATIONS[5]
-        elif like is not None and r < 0.7:
+        if like is not None and r < 0.7:
             alphabet, notation = like.alphabet, like.notation
         elif r < 0.6:
             alphabet, notation = "digits", self.NOTATIONS[0]
@@ -668,9 +662,6 @@ class Primer:
             "marks": ["1", "2"],
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
-        if self.alphabet == "integers" and rng.random() < 0.5:  # few: runs and repeats
-            k = rng.randint(1, 9)
-            symbols = [str(i) for i in range(-k, k + 1)]
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
         if self.more and cost == 3:
             cost = 2 if alphabet == "integers" else 1

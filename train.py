@@ -96,9 +96,8 @@ class TrainConfig:
 
     stretch: float = 8.0
     """up to which factor positions are stretched in training (1: not at all), see `stretch`"""
-    replay: float | None = None
-    """share of primer contexts among the examples, so that what the base can do at greater lengths is kept (default: REPLAY of
-    the task)"""
+    replay: float = 0.1
+    """share of primer contexts among the examples, so that what the base can do at greater lengths is kept"""
 
     save_every: int = 100
     """steps between checkpoints"""
@@ -113,7 +112,6 @@ class TrainConfig:
 LEARNING_RATES = {"baseline": 3e-3, "scratchpad": 1.5e-3, "retuning": 3e-3}
 # The same for all methods of a task. Contexts of addition are the shortest.
 STEPS = {"addition": 1600, "parity": 1200, "dp": 1000}
-REPLAY = {"addition": 0.1, "parity": 0.1, "dp": 0.25}  # lists of 5 say little of how to copy those of 30
 
 PRESETS: dict[str, dict] = {
     "tiny": {},
@@ -213,8 +211,7 @@ class Data:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
-        alphabet = getattr(TASKS.get(self.c.task), "replayed", "")
-        primer = Primer(int(8 * 16**difficulty), more=self.more, alphabet=alphabet)  # sequences of up to 128 items in the end
+        primer = Primer(int(8 * 16**difficulty), more=self.more)  # sequences of up to 128 items in the end
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))
@@ -665,8 +662,6 @@ def main() -> None:
         c.lr = LEARNING_RATES[c.method]
     if c.steps is None:
         c.steps = STEPS.get(c.task, 1200)
-    if c.replay is None:
-        c.replay = REPLAY.get(c.task, 0.1)
     folder = None
     if c.resume:
         flags = {a.lstrip("-").removeprefix("no-").replace("-", "_") for a in argv if a.startswith("--")}
