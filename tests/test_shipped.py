@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import lora
 import model as llama
 from recurse import Decoder, Engine
-from tasks import METHODS, Addition
+from tasks import METHODS, Addition, Parity
 from train import encode
 
 
@@ -21,21 +21,24 @@ def test_shape_and_dtype():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_adapters_belong_to_the_base(method):
+@pytest.mark.parametrize("task", [Addition, Parity], ids=["addition", "parity"])
+def test_adapters_belong_to_the_base(task, method):
     model, _ = llama.load(BASE)
-    lora.load_adapter(model, BASE / f"adapters/addition-{method}")
+    lora.load_adapter(model, BASE / f"adapters/{task.name}-{method}")
 
 
-def test_the_shipped_adapter_adds_numbers_longer_than_any_it_has_seen():
-    """At least 18 of 20 held-out 20-digit problems, others each time; training stopped at 15 digits."""
+@pytest.mark.parametrize(("task", "length"), [(Addition, 20), (Parity, 30)], ids=["addition", "parity"])
+def test_the_shipped_adapter_solves_problems_longer_than_any_it_has_seen(task, length):
+    """At least 18 of 20 held-out problems, others each time; training stopped at 15 digits, and at 21 bits."""
+    assert length > task.train_lengths[-1]
     model, tokenizer = llama.load(BASE)
-    lora.load_adapter(model, BASE / "adapters/addition-retuning")
+    lora.load_adapter(model, BASE / f"adapters/{task.name}-retuning")
     lora.merge(model)
     seed = random.SystemRandom().randrange(10**9)
     rng = random.Random(seed)
-    problems = [Addition.sample(rng, 20) for _ in range(20)]
-    results = Decoder(Engine(model), tokenizer).solve([Addition.prompt(p, "retuning") for p in problems])
-    right = sum(r.ending == "answer" and Addition.judge(problems[r.index], r.text, "retuning") for r in results)
+    problems = [task.sample(rng, length) for _ in range(20)]
+    results = Decoder(Engine(model), tokenizer).solve([task.prompt(p, "retuning") for p in problems])
+    right = sum(r.ending == "answer" and task.judge(problems[r.index], r.text, "retuning") for r in results)
     assert right >= 18, f"{right} of 20 right; the problems' seed was {seed}"
 
 
