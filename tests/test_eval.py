@@ -40,8 +40,8 @@ def test_ood(tmp_path):
     done = run("--ood", "--lengths", "3", "5", "--n", "4", "--out", tmp_path, "--runs", tmp_path / "none")
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "ood.json").read_text())
-    assert [(r["method"], r["length"]) for r in report["results"]] == [
-        (m, n) for m in ("baseline", "scratchpad", "retuning") for n in (3, 5)
+    assert [(r["task"], r["method"], r["length"]) for r in report["results"]] == [
+        (task, m, n) for task in ("addition", "parity") for m in ("baseline", "scratchpad", "retuning") for n in (3, 5)
     ]
     for r in report["results"]:
         assert r.keys() == {
@@ -51,7 +51,7 @@ def test_ood(tmp_path):
         }  # fmt: skip
         assert r["n"] == 4 == sum(r["endings"].values()) and r["accuracy"] == r["correct"] / 4
         assert r["ci95"][0] <= r["accuracy"] <= r["ci95"][1]
-        assert f"checkpoints/tiny/adapters/addition-{r['method']}" in r["adapter"]
+        assert f"checkpoints/tiny/adapters/{r['task']}-{r['method']}" in r["adapter"]
     assert report["seed"] == 0 and report["config"]["n"] == 4
     assert "baseline" in done.stdout and "retuning" in done.stdout
     assert not list(tmp_path.glob("*.partial.jsonl"))
@@ -69,7 +69,7 @@ def test_all_methods_get_the_same_problems_and_seeds_differ(tmp_path):
 
     by_method = {}
     for cell in todo(0):
-        by_method.setdefault(cell.method, []).append((cell.length, cell.problems))
+        by_method.setdefault(cell.method, []).append((cell.task, cell.length, cell.problems))
     assert by_method["baseline"] == by_method["scratchpad"] == by_method["retuning"]
     assert [c.problems for c in todo(0)] == [c.problems for c in todo(0)] != [c.problems for c in todo(1)]
 
@@ -157,7 +157,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
         f.write('{"cell": "cut o')  # as a kill in the middle of a write leaves it
     assert not (tmp_path / "b/ood.json").exists()
     evaluation.main(c)
-    assert count == 12, "done problems were decoded again"
+    assert count == sum(r["n"] for r in whole) == 24, "done problems were decoded again"
     again = json.loads((tmp_path / "b/ood.json").read_text())["results"]
     assert outcome(whole) == outcome(again)
 
@@ -174,5 +174,5 @@ def test_two_processes_share_the_problems(tmp_path):
     done = run(*flags, "--out", tmp_path / "two", launcher=launcher)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "in-distribution.json").read_text())["results"] for name in ("one", "two"))
-    assert outcome(one) == outcome(two) and [r["n"] for r in two] == [7, 7]
+    assert outcome(one) == outcome(two) and [r["n"] for r in two] == [7, 7, 7, 7]
     assert not list((tmp_path / "two").glob("*.partial.jsonl"))
