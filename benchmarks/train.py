@@ -186,6 +186,7 @@ def run(c: Config) -> dict:
         optimizer.zero_grad()
         return total / targets
 
+    product = flops_of_a_product(device, dtype)  # now: later on, another way may be at its steps
     model.train()
     ctypes.CDLL(None).malloc_trim(0)  # what loading has left behind is not the training's
     before = memory(device, peak=False)
@@ -206,7 +207,7 @@ def run(c: Config) -> dict:
     work = sum(flops(model, config, examples) for examples in steps[1:])
     return {
         "way": c.way,
-        "utilization": work / seconds / flops_of_a_product(device, dtype),
+        "utilization": work / seconds / product,
         "examples_per_second": c.steps * c.batch_size / seconds,
         "target_tokens_per_second": sum(map(train.n_targets, steps[1:])) / seconds,
         "peak_bytes": peak,
@@ -238,6 +239,7 @@ def take_turns(commands: list[list[str]], n_steps: int) -> list[dict]:
             wait(way)  # until it is loaded and warm
         for _ in tqdm(range(n_steps), disable=None, leave=False):
             for way in ways:
+                time.sleep(0.3)  # idle threads of the one before may still spin
                 print(file=way.stdin, flush=True)
                 wait(way)
         return [json.loads(way.stdout.readline()) for way in ways]
