@@ -12,7 +12,7 @@ from conftest import BASE, ROOT, ScriptedEngine, perfect, random_model
 
 import lora
 import model as llama
-from recurse import ENDINGS, Decoder, Engine, Limits
+from recurse import ENDINGS, Decoder, Engine, Limits, bounds
 from tasks import DP, METHODS, TASKS, Addition
 
 
@@ -39,7 +39,7 @@ def test_a_perfect_model_is_always_right(task, method, tokenizer):
 def check_perfect_model(task, method, tokenizer, lengths, n_short):
     """All is solved; every context that the decoder builds is the training context, token for token (asserted by `perfect`)."""
     todo = problems([*lengths, *random.Random(0).choices(range(1, 21), k=n_short)], task=task)
-    limits = Limits(batch=8, share=False)
+    limits = Limits(batch=8, share=False, **bounds(task, todo, method, tokenizer))
     decoder = Decoder(ScriptedEngine(perfect(tokenizer, method, task)), tokenizer, limits, keep_frames=True)
     for p, r in zip(todo, solve(decoder, method, todo, task), strict=True):
         assert r.ending == "answer" and task.judge(p, r.text, method)
