@@ -558,10 +558,6 @@ class Primer:
             return self._sums(rng)
         if r < 0.18:
             return self._arithmetic(rng)
-        return self._records(rng)
-
-    def _records(self, rng: random.Random) -> Context:
-        """A record, operations on it, and more records that come in between."""
         record = self._record(rng, short=False)
         first, latest = record, record
         text, out = "", []
