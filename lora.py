@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from model import HF_NAMES, LLaMA, Source, UserError, WeightFile, find_folder, hf_name, read_json, write_atomically
 
-LAYERS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")  # what can be wrapped
+BLOCK_LAYERS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
+LAYERS = (*BLOCK_LAYERS, "output")  # what can be wrapped
 PEFT_NAMES = {ours.rpartition(".")[2]: theirs.rpartition(".")[2] for ours, theirs in HF_NAMES.items() if ours.endswith(LAYERS)}
 
 
@@ -81,15 +82,15 @@ class LoRALinear(nn.Module):
 
 
 def wrap(model: LLaMA, c: LoRAConfig) -> LLaMA:
-    """Freeze the model and wrap the chosen layers of every block, in place. Only A and B are left trainable."""
+    """Freeze the model and wrap the chosen layers, of every block and after them, in place. Only A and B are left trainable."""
     if lora_layers(model):
         raise ValueError("the model already has LoRA layers")
     model.requires_grad_(False)
-    for block in model.layers:
-        for part in (block.attention, block.feed_forward):
-            for name, layer in list(part.named_children()):
-                if name in c.targets:
-                    setattr(part, name, LoRALinear(layer, c))
+    parts = [part for block in model.layers for part in (block.attention, block.feed_forward)]
+    for part in (*parts, model):
+        for name, layer in list(part.named_children()):
+            if name in c.targets:
+                setattr(part, name, LoRALinear(layer, c))
     return model
 
 
@@ -186,7 +187,9 @@ def read_adapter_config(path: str | Path) -> tuple[LoRAConfig, str]:
             raise UserError(f"{file}: {key} is {c[key]!r}, expected a number")
     ours = {theirs: name for name, theirs in PEFT_NAMES.items()}
     try:
-        targets = list(ours) if c["target_modules"] == "all-linear" else c["target_modules"]
+        targets = c["target_modules"]
+        if targets == "all-linear":  # all but the output layer, as in PEFT
+            targets = [PEFT_NAMES[name] for name in BLOCK_LAYERS]
         if isinstance(targets, list):  # PEFT writes names of modules, or of each layer's: whether all are meant, the tensors say
             targets = [str(t).rpartition(".")[2] for t in targets]
         unknown = set(targets) - set(ours) if isinstance(targets, list) else {str(targets)}
@@ -213,7 +216,13 @@ def load_adapter(model: LLaMA, path: str | Path) -> LoRAConfig:
             raise UserError(
                 f"{file.path}: tensor {name} has shape {list(file.shapes[name])}, the base needs {list(parameter.shape)}"
             )
-    unexpected = sorted(file.shapes.keys() - parameters.keys())
+    # PEFT saves the frozen weight too where the output layer is wrapped.
+    frozen = {f"base_model.model.{hf_name(name)}.base_layer.weight": layer.linear.weight for name, layer in lora_layers(model).items()}
+    for name in file.shapes.keys() & frozen.keys():
+        weight = frozen[name]
+        if file.shapes[name] != weight.shape or not torch.equal(Source([file], name).read(weight.device, weight.dtype), weight):
+            raise UserError(f"{file.path}: tensor {name} is not the base's; only adapters of an unchanged base are supported")
+    unexpected = sorted(file.shapes.keys() - parameters.keys() - frozen.keys())
     if unexpected:
         raise UserError(f"{file.path}: unexpected tensor {unexpected[0]} {list(file.shapes[unexpected[0]])}")
     if made_for and made_for != fingerprint(model):

@@ -523,6 +523,8 @@ class Primer:
         "field": 1, "swap": 1, "reverse": 1, "zip": 1, "grow": 1, "headsum": 2, "lastsum": 1, "topsum": 4,
     }  # fmt: skip
 
+    COPIES = ("copy", "rest", "chop", "prepend", "append", "cons", "heads", "lasts", "field")
+
     # Expressions as Python writes them, of items of named lists; s is from -9 to 9.
     EXPRESSIONS = (
         ("{x}", lambda x, y, s: x),
@@ -546,11 +548,14 @@ class Primer:
         ).split(),
     )  # fmt: skip
 
-    def __init__(self, max_items: int = 128, more: bool = True):
+    def __init__(self, max_items: int = 128, more: bool = True, alphabets: tuple[str, ...] = ()):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
         self.more = more
+        self.alphabets = alphabets  # where given, there is nothing but lists of these, to be copied in whole or in part
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
+        if self.alphabets:
+            return self._records(rng)
         if self.more and (part := rng.random()) < 0.3:
             return self._quotation(rng) if part < 0.12 else self._lists(rng)
         r = rng.random()
@@ -558,6 +563,10 @@ class Primer:
             return self._sums(rng)
         if r < 0.18:
             return self._arithmetic(rng)
+        return self._records(rng)
+
+    def _records(self, rng: random.Random) -> Context:
+        """A record and operations on it; other records may come in between."""
         record = self._record(rng, short=False)
         first, latest = record, record
         text, out = "", []
@@ -643,6 +652,8 @@ class Primer:
         r = rng.random()
         if like is not None and r < 0.7:
             alphabet, notation = like.alphabet, like.notation
+        elif self.alphabets:
+            alphabet, notation = rng.choice(self.alphabets), self.NOTATIONS[5]
         elif r < 0.6:
             alphabet, notation = "digits", self.NOTATIONS[0]
         elif r < 0.7:
@@ -658,8 +669,10 @@ class Primer:
             "marks": ["1", "2"],
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
+        if self.alphabets and alphabet == "integers" and rng.random() < 0.5:  # few, so that they come again
+            symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
-        if self.more and cost == 3:
+        if (self.more or self.alphabets) and cost == 3:
             cost = 2 if alphabet == "integers" else 1
         count = 1 if short else rng.choice((1, 2, 2))
         n = self._length(rng, cost)
@@ -696,7 +709,7 @@ class Primer:
             "lastsum": len(f) == 2 and digits[id(r)],
             "topsum": first is not r and len(first.fields) == 2 and digits[id(first)],
         }
-        weights = {op: w for op, w in self.OPERATIONS.items() if allowed.get(op, True)}
+        weights = {op: w for op, w in self.OPERATIONS.items() if allowed.get(op, True) and (op in self.COPIES or not self.alphabets)}
         (op,) = rng.choices(list(weights), list(weights.values()))
         if op == "copy":
             return op, r.text

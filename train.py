@@ -111,7 +111,9 @@ class TrainConfig:
 # For adapters of the shipped base: the best of those tried on addition (see the README).
 LEARNING_RATES = {"baseline": 3e-3, "scratchpad": 1.5e-3, "retuning": 3e-3}
 # The same for all methods of a task. Contexts of addition are the shortest.
-STEPS = {"addition": 1600, "parity": 1200, "dp": 1000}
+STEPS = {"addition": 1600, "parity": 400, "dp": 400}
+# Kinds of lists that are replayed, instead of all of the primer.
+REPLAYED = {"parity": ("bits",), "dp": ("integers", "integers", "marks")}
 
 PRESETS: dict[str, dict] = {
     "tiny": {},
@@ -206,12 +208,13 @@ class Data:
         self.c, self.tokenizer, self.max_seq_len = c, tokenizer, max_seq_len
         self.is_boundary = boundaries(tokenizer)
         self.more = c.full and not c.from_scratch  # adapters replay what the shipped base has seen: the primer's first part
+        self.replayed = REPLAYED.get(c.task, ())
 
     def step(self, step: int) -> list[Example]:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
-        primer = Primer(int(8 * 16**difficulty), more=self.more)  # sequences of up to 128 items in the end
+        primer = Primer(int(8 * 16**difficulty), self.more, self.replayed)  # sequences of up to 128 items in the end
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))

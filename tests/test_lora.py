@@ -12,6 +12,7 @@ import model as llama
 from model import UserError
 
 CONFIG = lora.LoRAConfig(rank=4, alpha=6.0, targets=("wq", "wv", "w2"))
+ALL = lora.LoRAConfig(rank=4, alpha=6.0)
 
 
 def trained(config=CONFIG, seed=0):
@@ -53,13 +54,28 @@ def test_merge_is_w_plus_scaled_ba_and_unmerge_is_exact():
     assert torch.equal(model(TOKENS), before)
 
 
+def test_the_output_layer_alone_and_tied_to_the_embeddings():
+    model = random_model(tie_embeddings=True)
+    embeddings = model.tok_embeddings.weight.clone()
+    lora.wrap(model, lora.LoRAConfig(rank=4, alpha=4.0, targets=("output",)))
+    ((name, layer),) = lora.lora_layers(model).items()
+    assert name == "output"
+    before = model(TOKENS)
+    torch.nn.init.normal_(layer.lora_B)
+    after = model(TOKENS)
+    assert not torch.allclose(after, before)
+    lora.merge(model)
+    torch.testing.assert_close(model(TOKENS), after, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.tok_embeddings.weight, embeddings)
+
+
 def test_save_and_load(tmp_path):
-    model = trained()
-    lora.save_adapter(model, tmp_path, CONFIG, base="some/base")
+    model = trained(ALL)
+    lora.save_adapter(model, tmp_path, ALL, base="some/base")
     again = random_model()
-    assert lora.load_adapter(again, tmp_path) == CONFIG
+    assert lora.load_adapter(again, tmp_path) == ALL
     assert torch.equal(again(TOKENS), model(TOKENS))
-    assert lora.read_adapter_config(tmp_path) == (CONFIG, "some/base")
+    assert lora.read_adapter_config(tmp_path) == (ALL, "some/base")
 
 
 @pytest.fixture
@@ -71,26 +87,31 @@ def base_and_adapter(tmp_path, tokenizer):
     return tmp_path / "base", tmp_path / "adapter", model
 
 
-def test_ours_in_peft(base_and_adapter):
+def test_ours_in_peft(base_and_adapter, tmp_path):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    base, adapter, model = base_and_adapter
+    base, adapter, model = base_and_adapter[0], tmp_path / "all", trained(ALL)
+    lora.save_adapter(model, adapter, ALL, base=str(base))
     theirs = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(theirs, adapter).eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS), atol=1e-4, rtol=0)
 
 
-def test_theirs_in_ours(base_and_adapter, tmp_path):
+@pytest.mark.parametrize("modules", [["q_proj", "k_proj", "v_proj", "o_proj"], ["q_proj", "lm_head"], "all-linear"])
+def test_theirs_in_ours(base_and_adapter, tmp_path, modules):
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     base, _, _ = base_and_adapter
     theirs = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=modules, init_lora_weights=False)
     theirs = peft.get_peft_model(theirs, config).eval()
     theirs.save_pretrained(tmp_path / "theirs")
     ours, _ = llama.load(base)
     lora.load_adapter(ours, tmp_path / "theirs")
     with torch.no_grad():
         torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=0)
+    if "lm_head" in modules:  # then PEFT saves the frozen layer too, and a base that is not it is refused
+        with pytest.raises(UserError, match="lm_head.base_layer.weight is not the base's"):
+            lora.load_adapter(random_model(seed=5), tmp_path / "theirs")
 
 
 def test_adapters_that_do_not_fit_are_refused(base_and_adapter, tmp_path):
@@ -124,7 +145,7 @@ def test_adapters_that_do_not_fit_are_refused(base_and_adapter, tmp_path):
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ({"r": 0}, "rank 0"),
     ]:
         config.write_text(json.dumps(json.loads(saved) | change))
