@@ -217,7 +217,8 @@ def load_adapter(model: LLaMA, path: str | Path) -> LoRAConfig:
                 f"{file.path}: tensor {name} has shape {list(file.shapes[name])}, the base needs {list(parameter.shape)}"
             )
     # PEFT saves the frozen weight too where the output layer is wrapped.
-    frozen = {f"base_model.model.{hf_name(name)}.base_layer.weight": layer.linear.weight for name, layer in lora_layers(model).items()}
+    layers = lora_layers(model).items()
+    frozen = {f"base_model.model.{hf_name(name)}.base_layer.weight": layer.linear.weight for name, layer in layers}
     for name in file.shapes.keys() & frozen.keys():
         weight = frozen[name]
         if file.shapes[name] != weight.shape or not torch.equal(Source([file], name).read(weight.device, weight.dtype), weight):

@@ -473,8 +473,11 @@ class DP:
 
     @staticmethod
     def training_context(rng: random.Random, method: str) -> Context:
-        """Every method sees lists of the same lengths; for retuning, levels of each kind, of each length about equally often."""
-        kind = rng.choice(("whole", "sums", "marks")) if method == "retuning" else "whole"
+        """Every method sees lists of the same lengths; for retuning, levels of each kind, of each length about equally often.
+
+        Whole problems, which leave nothing to be decided, are half as many as the others.
+        """
+        kind = rng.choice(("whole", "sums", "sums", "marks", "marks")) if method == "retuning" else "whole"
         n = rng.randint(DP.train_lengths[0] if kind == "whole" else 1, DP.train_lengths[-1])
         while True:
             p = DP.Problem(tuple(rng.choices(DP.VALUES, k=n)), kind, can_use=kind != "marks" or rng.random() < 0.5)
@@ -523,7 +526,9 @@ class Primer:
         "field": 1, "swap": 1, "reverse": 1, "zip": 1, "grow": 1, "headsum": 2, "lastsum": 1, "topsum": 4,
     }  # fmt: skip
 
+    # With a focus: the operations that are left, and the kinds of lists.
     COPIES = ("copy", "rest", "chop", "prepend", "append", "cons", "heads", "lasts", "field")
+    FOCUSED = {"bits": ("bits",), "integers": ("integers", "integers", "marks")}
 
     # Expressions as Python writes them, of items of named lists; s is from -9 to 9.
     EXPRESSIONS = (
@@ -548,13 +553,15 @@ class Primer:
         ).split(),
     )  # fmt: skip
 
-    def __init__(self, max_items: int = 128, more: bool = True, alphabets: tuple[str, ...] = ()):
+    def __init__(self, max_items: int = 128, more: bool = True, focus: str = ""):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
         self.more = more
-        self.alphabets = alphabets  # where given, there is nothing but lists of these, to be copied in whole or in part
+        self.focus = focus  # "bits" or "integers": nothing but lists of these, copied in whole or in part, and small arithmetic
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
-        if self.alphabets:
+        if self.focus == "integers" and (part := rng.random()) < 0.4:
+            return self._arithmetic(rng) if part < 0.12 else self._lists(rng)
+        if self.focus:
             return self._records(rng)
         if self.more and (part := rng.random()) < 0.3:
             return self._quotation(rng) if part < 0.12 else self._lists(rng)
@@ -652,8 +659,8 @@ class Primer:
         r = rng.random()
         if like is not None and r < 0.7:
             alphabet, notation = like.alphabet, like.notation
-        elif self.alphabets:
-            alphabet, notation = rng.choice(self.alphabets), self.NOTATIONS[5]
+        elif self.focus:
+            alphabet, notation = rng.choice(self.FOCUSED[self.focus]), self.NOTATIONS[5]
         elif r < 0.6:
             alphabet, notation = "digits", self.NOTATIONS[0]
         elif r < 0.7:
@@ -669,11 +676,13 @@ class Primer:
             "marks": ["1", "2"],
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
-        if self.alphabets and alphabet == "integers" and rng.random() < 0.5:  # few, so that they come again
+        if self.focus and alphabet == "integers" and rng.random() < 0.5:  # few, so that they come again
             symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
-        if (self.more or self.alphabets) and cost == 3:
+        if self.more and cost == 3:
             cost = 2 if alphabet == "integers" else 1
+        if self.focus:
+            cost = 1
         count = 1 if short else rng.choice((1, 2, 2))
         n = self._length(rng, cost)
         lengths = [n if rng.random() < 0.8 else self._length(rng, cost) for _ in range(count)]
@@ -709,7 +718,7 @@ class Primer:
             "lastsum": len(f) == 2 and digits[id(r)],
             "topsum": first is not r and len(first.fields) == 2 and digits[id(first)],
         }
-        weights = {op: w for op, w in self.OPERATIONS.items() if allowed.get(op, True) and (op in self.COPIES or not self.alphabets)}
+        weights = {op: w for op, w in self.OPERATIONS.items() if allowed.get(op, True) and (op in self.COPIES or not self.focus)}
         (op,) = rng.choices(list(weights), list(weights.values()))
         if op == "copy":
             return op, r.text

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -72,11 +72,11 @@ class TrainConfig:
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = lora.LAYERS
-    """linear layers that get an adapter, by Meta's names"""
+    targets: tuple[str, ...] | None = None
+    """linear layers that get an adapter, by Meta's names (default: TASK_DEFAULTS)"""
 
     steps: int | None = None
-    """optimizer steps (default: STEPS of the task)"""
+    """optimizer steps (default: TASK_DEFAULTS)"""
     batch_size: int = 32
     """contexts per step"""
     micro_tokens: int = 4096
@@ -96,8 +96,9 @@ class TrainConfig:
 
     stretch: float = 8.0
     """up to which factor positions are stretched in training (1: not at all), see `stretch`"""
-    replay: float = 0.1
-    """share of primer contexts among the examples, so that what the base can do at greater lengths is kept"""
+    replay: float | None = None
+    """share of primer contexts among the examples, so that what the base can do at greater lengths is kept (default:
+    TASK_DEFAULTS)"""
 
     save_every: int = 100
     """steps between checkpoints"""
@@ -110,10 +111,26 @@ class TrainConfig:
 
 # For adapters of the shipped base: the best of those tried on addition (see the README).
 LEARNING_RATES = {"baseline": 3e-3, "scratchpad": 1.5e-3, "retuning": 3e-3}
-# The same for all methods of a task. Contexts of addition are the shortest.
-STEPS = {"addition": 1600, "parity": 400, "dp": 400}
-# Kinds of lists that are replayed, instead of all of the primer.
-REPLAYED = {"parity": ("bits",), "dp": ("integers", "integers", "marks")}
+
+
+@dataclass
+class TaskDefaults:
+    """What suits a task on the shipped base: the same for all of its methods."""
+
+    steps: int = 1200
+    targets: tuple[str, ...] = lora.LAYERS
+    replay: float = 0.1
+    focus: str = ""  # of the replayed contexts: lists of one kind instead of all of the primer
+    max_items: int = 128  # in a replayed list
+
+
+# The base has written addition's words in the primer; those of the others can only be taught to its output layer. It has copied
+# digits up to 128, but lists up to 42.
+TASK_DEFAULTS = {
+    "addition": TaskDefaults(steps=1600, targets=lora.BLOCK_LAYERS),
+    "parity": TaskDefaults(steps=400, replay=0.3, focus="bits"),
+    "dp": TaskDefaults(steps=1000, replay=0.4, focus="integers", max_items=48),
+}
 
 PRESETS: dict[str, dict] = {
     "tiny": {},
@@ -131,6 +148,13 @@ PRESETS: dict[str, dict] = {
         weight_decay=0.01, replay=0.0,
     ),
 }  # fmt: skip
+
+
+def complete(c: TrainConfig) -> TrainConfig:
+    """With the defaults that depend on task and method, where nothing else is given."""
+    task = TASK_DEFAULTS.get(c.task, TaskDefaults())
+    defaults = dict(lr=LEARNING_RATES[c.method], steps=task.steps, targets=task.targets, replay=task.replay)
+    return replace(c, **{name: value for name, value in defaults.items() if getattr(c, name) is None})
 
 
 # --- examples ----------------------------------------------------------------------------------------------------
@@ -208,13 +232,13 @@ class Data:
         self.c, self.tokenizer, self.max_seq_len = c, tokenizer, max_seq_len
         self.is_boundary = boundaries(tokenizer)
         self.more = c.full and not c.from_scratch  # adapters replay what the shipped base has seen: the primer's first part
-        self.replayed = REPLAYED.get(c.task, ())
+        self.replayed = TASK_DEFAULTS.get(c.task, TaskDefaults())
 
     def step(self, step: int) -> list[Example]:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
-        primer = Primer(int(8 * 16**difficulty), self.more, self.replayed)  # sequences of up to 128 items in the end
+        primer = Primer(int(8 * (self.replayed.max_items / 8) ** difficulty), self.more, self.replayed.focus)
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))
@@ -661,10 +685,7 @@ def main() -> None:
     preset = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--preset"), "tiny")
     default = TrainConfig(**PRESETS.get(preset, {}) | {"preset": preset if preset in PRESETS else "tiny"})
     c = tyro.cli(TrainConfig, default=default)
-    if c.lr is None:
-        c.lr = LEARNING_RATES[c.method]
-    if c.steps is None:
-        c.steps = STEPS.get(c.task, 1200)
+    c = complete(c)
     folder = None
     if c.resume:
         flags = {a.lstrip("-").removeprefix("no-").replace("-", "_") for a in argv if a.startswith("--")}

@@ -62,7 +62,7 @@ def formula_7b(tokens: int) -> float:
 
 
 def main(c: Config) -> None:
-    t = train.TrainConfig(base=c.base, device="cpu", dtype="float32", lr=1e-3)
+    t = train.complete(train.TrainConfig(base=c.base, device="cpu", dtype="float32"))
     model, tokenizer = train.build(t)
     model.train()
     rows, longest = [], []

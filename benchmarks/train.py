@@ -135,10 +135,10 @@ def run(c: Config) -> dict:
     """One way, in this process."""
     device = llama.pick_device(c.device)
     shipped = c.shape == "shipped"
-    t = train.TrainConfig(
+    t = train.complete(train.TrainConfig(
         task=c.task, method=c.method, base=c.base, batch_size=c.batch_size, lr=1e-3, stretch=1.0, device=device.type,
         dtype=str(llama.pick_dtype(c.dtype, device)).removeprefix("torch."), gradient_checkpointing=c.gradient_checkpointing,
-    )  # fmt: skip
+    ))  # fmt: skip
     if shipped:
         model, tokenizer = llama.load(llama.find_folder(c.base), device=device)
     else:

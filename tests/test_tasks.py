@@ -263,8 +263,26 @@ def test_the_primer_holds_no_instance_of_a_task():
     assert compared > 1000 and hits == 0
 
 
+@pytest.mark.parametrize("focus", ["bits", "integers"])
+def test_a_primer_of_one_kind_of_lists_holds_no_task(focus):
+    """Lists of the kind alone, longer than a task's in training, and nothing that has the form of a task's context."""
+    rng, lengths, asked = random.Random(3), [], set()
+    for _ in range(3000):
+        context = Primer(128, more=False, focus=focus).training_context(rng)
+        whole = "".join(s.text for s in context)
+        assert not re.search(r"the parity of \[|subsequences of \[|dp array \[|sum array \[.*item array|Solution: Call: ", whole)
+        lists = [integers(x) for x in re.findall(r"\[-?\d[^\]]*, [^\]]*\]", whole)]
+        assert all(lists)
+        if focus == "bits":
+            assert {i for x in lists for i in x} <= {0, 1}
+        lengths += map(len, lists)
+        asked |= {op for op in Primer.OPERATIONS if re.search(rf"\b{op}\b", whole)}
+    assert max(lengths) > (120 if focus == "bits" else 60)
+    assert not asked & {"reverse", "zip", "grow", "swap", "pick", "headsum", "lastsum", "topsum"}
+
+
 def test_what_a_task_writes_has_been_written_in_the_primer(tokenizer):
-    """Every token, and not by chance alone: an adapter cannot change the output layer."""
+    """Every token, and not by chance alone: what a base has never written is slow to learn for an adapter."""
     rng = random.Random(4)
 
     def tokens(contexts):

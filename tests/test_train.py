@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import lora
 import model as llama
 import train
-from tasks import Addition, Segment
+from tasks import METHODS, TASKS, Addition, Segment
 
 CONFIG = lora.LoRAConfig(rank=4, alpha=4.0)
 
@@ -183,6 +183,15 @@ def test_learning_rate():
     assert train.learning_rate(train.TrainConfig(**train.PRESETS["paper"]), 3905) == 2e-4
 
 
+def test_defaults_of_a_task_give_way_to_flags_and_are_the_same_for_all_methods():
+    for task in (*TASKS, "primer", "some new one"):
+        chosen = [train.complete(train.TrainConfig(task=task, method=method)) for method in METHODS]
+        assert len({(c.steps, c.targets, c.replay) for c in chosen}) == 1 and None not in chosen[0].__dict__.values()
+    given = dict(steps=7, targets=("wq",), replay=0.0, lr=1e-4)
+    c = train.complete(train.TrainConfig(task="dp", **given))
+    assert {name: getattr(c, name) for name in given} == given
+
+
 def run(*args, launcher=(), **kwargs):
     command = [sys.executable, *launcher, str(ROOT / "train.py"), "--rank", "2", "--batch-size", "8", "--warmup", "2"]
     command += map(str, args)
@@ -266,7 +275,9 @@ def test_twenty_kills_change_nothing(small_base, tmp_path, monkeypatch):
 
 def test_resuming_with_other_settings_is_refused(small_base, tmp_path):
     folder = train.new_run(
-        train.TrainConfig(base=small_base, out=tmp_path / "runs", steps=3, lr=1e-3, rank=2, batch_size=8, warmup=2)
+        train.complete(
+            train.TrainConfig(base=small_base, out=tmp_path / "runs", steps=3, lr=1e-3, rank=2, batch_size=8, warmup=2)
+        )
     )
     assert folder.name == "addition-retuning"
     done = run("--base", small_base, "--out", tmp_path / "runs", "--steps", 3, "--resume", "--lr", 5e-3)
