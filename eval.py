@@ -41,7 +41,7 @@ class EvalConfig:
     """one method only"""
     lengths: tuple[int, ...] = ()
     """lengths of the problems (default: the task's own list)"""
-    n: int = 100
+    n: int = 50
     """problems per length"""
     seed: int = 0
     """of the problems, which are drawn from those held out of training"""

@@ -41,7 +41,7 @@ def test_ood(tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "ood.json").read_text())
     assert [(r["task"], r["method"], r["length"]) for r in report["results"]] == [
-        (task, m, n) for task in ("addition", "parity") for m in ("baseline", "scratchpad", "retuning") for n in (3, 5)
+        (task, m, n) for task in ("addition", "dp", "parity") for m in ("baseline", "scratchpad", "retuning") for n in (3, 5)
     ]
     for r in report["results"]:
         assert r.keys() == {

@@ -76,6 +76,7 @@ def test_save_and_load(tmp_path):
     assert lora.load_adapter(again, tmp_path) == ALL
     assert torch.equal(again(TOKENS), model(TOKENS))
     assert lora.read_adapter_config(tmp_path) == (ALL, "some/base")
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "who may read one file may read all"
 
 
 @pytest.fixture
