@@ -82,8 +82,8 @@ class TrainConfig:
     micro_tokens: int = 4096
     """tokens per forward pass, or one context; a step takes as many passes as it needs"""
     lr: float | None = None
-    """peak learning rate (default: the best found for the method, LEARNING_RATES): reached after `warmup` steps, falling
-    linearly to 0 over the last `decay` of the run"""
+    """peak learning rate (default: TASK_DEFAULTS): reached after `warmup` steps, falling linearly to 0 over the last `decay` of
+    the run"""
     warmup: int = 50
     decay: float = 0.7
     weight_decay: float = 0.0
@@ -109,14 +109,15 @@ class TrainConfig:
     """of the frozen base and of the residual stream: bfloat16 takes half the memory"""
 
 
-# For adapters of the shipped base: the best of those tried on addition (see the README).
-LEARNING_RATES = {"baseline": 3e-3, "scratchpad": 1.5e-3, "retuning": 3e-3}
-
-
 @dataclass
 class TaskDefaults:
-    """What suits a task on the shipped base: the same for all of its methods."""
+    """What suits a task on the shipped base: the best of what was tried (see the README), the same for all of its methods.
 
+    But for the learning rate: a long scratchpad may want a smaller one.
+    """
+
+    lr: float = 3e-3
+    scratchpad_lr: float = 1.5e-3
     steps: int = 1200
     targets: tuple[str, ...] = lora.LAYERS
     replay: float = 0.1
@@ -128,7 +129,7 @@ class TaskDefaults:
 # digits up to 128, but lists up to 42.
 TASK_DEFAULTS = {
     "addition": TaskDefaults(steps=1600, targets=lora.BLOCK_LAYERS),
-    "parity": TaskDefaults(steps=400, replay=0.3, focus="bits"),
+    "parity": TaskDefaults(steps=400, scratchpad_lr=3e-3, replay=0.3, focus="bits"),
     "dp": TaskDefaults(steps=1000, replay=0.4, focus="integers", max_items=48),
 }
 
@@ -153,7 +154,8 @@ PRESETS: dict[str, dict] = {
 def complete(c: TrainConfig) -> TrainConfig:
     """With the defaults that depend on task and method, where nothing else is given."""
     task = TASK_DEFAULTS.get(c.task, TaskDefaults())
-    defaults = dict(lr=LEARNING_RATES[c.method], steps=task.steps, targets=task.targets, replay=task.replay)
+    lr = task.scratchpad_lr if c.method == "scratchpad" else task.lr
+    defaults = dict(lr=lr, steps=task.steps, targets=task.targets, replay=task.replay)
     return replace(c, **{name: value for name, value in defaults.items() if getattr(c, name) is None})
 
 
