@@ -157,7 +157,7 @@ def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
         f.write('{"cell": "cut o')  # as a kill in the middle of a write leaves it
     assert not (tmp_path / "b/ood.json").exists()
     evaluation.main(c)
-    assert count == sum(r["n"] for r in whole) == 24, "done problems were decoded again"
+    assert count == sum(r["n"] for r in whole) == 36, "done problems were decoded again"
     again = json.loads((tmp_path / "b/ood.json").read_text())["results"]
     assert outcome(whole) == outcome(again)
 
@@ -174,5 +174,5 @@ def test_two_processes_share_the_problems(tmp_path):
     done = run(*flags, "--out", tmp_path / "two", launcher=launcher)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "in-distribution.json").read_text())["results"] for name in ("one", "two"))
-    assert outcome(one) == outcome(two) and [r["n"] for r in two] == [7, 7, 7, 7]
+    assert outcome(one) == outcome(two) and [r["n"] for r in two] == [7] * 6
     assert not list((tmp_path / "two").glob("*.partial.jsonl"))

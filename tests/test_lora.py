@@ -168,4 +168,4 @@ def test_newest_finished_run_wins(tmp_path):
     run("addition-retuning-11", finished=False)
     assert lora.find_adapter("addition", "retuning", tmp_path).name == "addition-retuning-10"
     with pytest.raises(UserError, match="python train.py --task dp"):
-        lora.find_adapter("dp", "baseline", tmp_path)
+        lora.find_adapter("dp", "baseline", tmp_path, base=tmp_path)
