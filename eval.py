@@ -1,7 +1,7 @@
 """Evaluate adapters by problem length, above all out of distribution.
 
     python eval.py --ood
-    torchrun --nproc-per-node 2 -- eval.py --ood     # on two devices: half of the problems each
+    torchrun --nproc-per-node 2 -- eval.py --ood     # on two GPUs: half of the problems each
 
 One loop and one decoding policy (greedy, the call-stack decoder of recurse.py) for all methods, which are asked the same
 problems. The task parses and judges. Prints a table, and writes <out>/ood.json and <out>/ood.png.
@@ -10,14 +10,19 @@ problems. The task parses and judges. Prints a table, and writes <out>/ood.json 
 import hashlib
 import json
 import math
+import os
 import random
+import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
+import torch
 import tyro
 from torch import distributed
 from tqdm import tqdm
@@ -56,11 +61,14 @@ class EvalConfig:
     base: Path | None = None
     """folder of the base model (default: the one that an adapter was trained on)"""
     kv_budget: float | None = None
-    """GiB for keys and values; a suspended context that does not fit is encoded again (default: by the free memory)"""
+    """GiB for keys and values, of all processes of a CPU; a suspended context that does not fit is encoded again (default: by the
+    free memory)"""
     batch: int = Limits.batch
     """contexts at once"""
     share: bool = True
     """solve a subproblem that several problems have once"""
+    processes: int = 0
+    """that share the problems out on a CPU (default: one a core, where there is enough to do; for GPUs there is torchrun)"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -192,6 +200,11 @@ class Partial:
         llama.write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in own.values())))
         self.file = path.open("a")
 
+    def waiting(self, cell: Cell, key: str) -> list[int]:
+        """Indices of the problems of a cell that this process is to solve."""
+        rank, size = llama.processes()
+        return [i for i in range(len(cell.problems)) if (key, i) not in self.done][rank::size]
+
     def add(self, record: dict) -> None:
         self.done[record["cell"], record["index"]] = record
         self.file.write(json.dumps(record) + "\n")
@@ -203,10 +216,9 @@ class Partial:
             path.unlink()
 
 
-def run_cell(cell: Cell, key: str, decoder: Decoder, partial: Partial) -> Iterator[dict]:
-    """Decode this process's share of the problems of a cell that are not done yet; yields a record a problem."""
-    task, (rank, size) = TASKS[cell.task], llama.processes()
-    waiting = [i for i in range(len(cell.problems)) if (key, i) not in partial.done][rank::size]
+def run_cell(cell: Cell, key: str, waiting: list[int], decoder: Decoder, partial: Partial) -> Iterator[dict]:
+    """Decode the problems of a cell with these indices; yields a record a problem."""
+    task = TASKS[cell.task]
     before = time.monotonic()
     for result in decoder.solve([task.prompt(cell.problems[i], cell.method) for i in waiting]):
         index, now = waiting[result.index], time.monotonic()
@@ -243,40 +255,40 @@ def summary(cell: Cell, records: list[dict]) -> dict:
 
 
 def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
+    """A summary of each cell, in all processes; each decodes its share of every cell, so that all have about as much to do."""
     device = llama.pick_device(c.device)
     dtype = llama.pick_dtype(c.dtype, device)
-    results, loaded, engine, (rank, size) = [], None, None, llama.processes()
-    bar = tqdm(total=sum(len(cell.problems) for cell in todo), unit="problem", disable=True if rank else None)
-    for cell in todo:
-        key = cell.key
-        done = [partial.done[key, i] for i in range(len(cell.problems)) if (key, i) in partial.done]
-        bar.update(len(done))
-        if len(done) < len(cell.problems):
-            if loaded != cell.adapter:
-                model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
-                engine, loaded = Engine(model), cell.adapter
-            limits = bounds(TASKS[cell.task], cell.problems, cell.method, tokenizer)
-            limits = Limits(cache_bytes=cache_bytes(c.kv_budget, device), batch=c.batch, share=c.share, **limits)
-            before = len(done)
-            for record in run_cell(cell, key, Decoder(engine, tokenizer, limits), partial):
-                done.append(record)
-                right = sum(r["correct"] for r in done)
-                bar.set_description(f"{cell.task} {cell.method} {cell.length}: {right}/{len(done)} right")
-                bar.update()
-            if size > 1:
-                shares: list = [None] * size
-                distributed.all_gather_object(shares, done[before:])
-                done[before:] = [record for share in shares for record in share]
-                bar.update(len(done) - before - len(shares[rank]))
-        results.append(summary(cell, done))
+    rank, size = llama.processes()
+    memory = cache_bytes(c.kv_budget, device) // (size if device.type == "cpu" else 1)
+    keys = [cell.key for cell in todo]
+    waiting = [partial.waiting(cell, key) for cell, key in zip(todo, keys, strict=True)]
+    loaded, engine = None, None
+    bar = tqdm(total=sum(map(len, waiting)), unit="problem", disable=True if rank else None)
+    for cell, key, indices in zip(todo, keys, waiting, strict=True):
+        if not indices:
+            continue
+        if loaded != cell.adapter:
+            model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
+            engine, loaded = Engine(model), cell.adapter
+        limits = bounds(TASKS[cell.task], cell.problems, cell.method, tokenizer)
+        limits = Limits(cache_bytes=memory, batch=c.batch, share=c.share, **limits)
+        right, count, began = 0, 0, time.monotonic()
+        for record in run_cell(cell, key, indices, Decoder(engine, tokenizer, limits), partial):
+            right, count = right + record["correct"], count + 1
+            bar.set_description(f"{cell.task} {cell.method} {cell.length}: {right}/{count} right")
+            bar.update()
         if bar.disable and rank == 0:
-            r = results[-1]
-            print(
-                f"{cell.task} {cell.method} length {cell.length}: {r['correct']}/{r['n']} right, {r['seconds']:.0f} s",
-                flush=True,
-            )
+            share = f" (a share of 1 in {size})" if size > 1 else ""
+            seconds = time.monotonic() - began
+            print(f"{cell.task} {cell.method} length {cell.length}{share}: {right}/{count} right, {seconds:.0f} s", flush=True)
     bar.close()
-    return results
+    if size > 1:
+        shares: list = [None] * size
+        distributed.all_gather_object(shares, partial.done)
+        partial.done = {place: record for share in shares for place, record in share.items()}
+    return [
+        summary(cell, [partial.done[key, i] for i in range(len(cell.problems))]) for cell, key in zip(todo, keys, strict=True)
+    ]
 
 
 # --- the report --------------------------------------------------------------------------------------------------
@@ -360,14 +372,45 @@ def plot(results: list[dict], path: Path) -> bool:
     return True
 
 
+def share_out(c: EvalConfig, count: int) -> None:
+    """Run main() in this many processes: the steps of a small model have little for several threads to do."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    context = torch.multiprocessing.spawn(process, (count, port, c), count, join=False)
+    try:
+        while not context.join():
+            pass
+    except torch.multiprocessing.ProcessExitedException as e:  # it has said why, unless it was killed
+        sys.exit(str(e) if e.signal_name else e.exit_code)
+    finally:
+        for p in context.processes:
+            p.terminate()
+
+
+def process(rank: int, count: int, port: int, c: EvalConfig) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        main(c)
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:  # of which the first process speaks
+        sys.exit(130)
+
+
 def main(c: EvalConfig) -> None:
-    if c.n < 1 or c.batch < 1 or not (c.kv_budget is None or 0 < c.kv_budget < math.inf):
-        raise UserError("expected --n and --batch of 1 or more, --kv-budget above 0")
+    if c.n < 1 or c.batch < 1 or c.processes < 0 or not (c.kv_budget is None or 0 < c.kv_budget < math.inf):
+        raise UserError("expected --n and --batch of 1 or more, --processes of 0 or more, --kv-budget above 0")
     if not all(1 <= length <= 4000 for length in c.lengths):  # Python converts integers of up to 4300 digits
         raise UserError(f"--lengths {' '.join(map(str, c.lengths))}: expected lengths of 1 to 4000")
     todo = cells(c)
     device, (rank, size) = llama.pick_device(c.device), llama.processes()
-    llama.join_processes(device)
+    if size == 1 and device.type == "cpu":
+        count = c.processes or min(torch.get_num_threads(), sum(len(cell.problems) for cell in todo) // 100)
+        if count > 1:
+            return share_out(c, count)
+    llama.join_processes(device, timedelta(days=1))  # a share may take far less than another
     for task, method, adapter in dict.fromkeys((cell.task, cell.method, cell.adapter) for cell in todo):
         lora.read_adapter_config(adapter)
         if rank == 0:

@@ -167,11 +167,15 @@ def outcome(results):
     return [{k: r[k] for k in ("task", "method", "length", "n", "correct", "endings")} for r in results]
 
 
-def test_two_processes_share_the_problems(tmp_path):
+@pytest.mark.parametrize("launched", ["torchrun", "by itself"])
+def test_two_processes_share_the_problems(launched, tmp_path):
     flags = ("--lengths", 3, 4, "--n", 7, "--method", "retuning", "--runs", tmp_path / "none")
     assert run(*flags, "--out", tmp_path / "one").returncode == 0
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
-    done = run(*flags, "--out", tmp_path / "two", launcher=launcher)
+    if launched == "torchrun":
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--")
+        done = run(*flags, "--out", tmp_path / "two", launcher=launcher)
+    else:
+        done = run(*flags, "--out", tmp_path / "two", "--processes", 2)
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "in-distribution.json").read_text())["results"] for name in ("one", "two"))
     assert outcome(one) == outcome(two) and [r["n"] for r in two] == [7] * 6
