@@ -281,6 +281,14 @@ def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example
     return groups
 
 
+def fair_shares(examples: list[Example], n: int) -> list[list[Example]]:
+    """n parts of about as many tokens: the longest first, each to the part that has least so far."""
+    shares: list[list[Example]] = [[] for _ in range(n)]
+    for e in sorted(examples, key=lambda e: -len(e.tokens)):
+        min(shares, key=lambda share: sum(len(x.tokens) for x in share)).append(e)
+    return shares
+
+
 @dataclass
 class Batch:
     """Examples packed one after another, N tokens in all: no padding."""
@@ -603,8 +611,7 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
         torch.manual_seed(hash((c.seed, step, rank)) % 2**31)  # dropout
         examples = data.step(step)
         targets, tokens = n_targets(examples), sum(len(e.tokens) for e in examples)
-        by_length = sorted(examples, key=lambda e: len(e.tokens))
-        shares = [micro_batches(by_length[r::size], c.micro_tokens) for r in range(size)]
+        shares = [micro_batches(share, c.micro_tokens) for share in fair_shares(examples, size)]
         for optimizer in opts:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(c, step)

@@ -292,6 +292,16 @@ def test_full_training_writes_a_base(tmp_path, small_base):
     assert not torch.equal(model.layers[0].attention.wq.weight, before.layers[0].attention.wq.weight)
 
 
+def test_shares_of_a_step_are_fair(tokenizer):
+    """No example is lost or trained on twice; processes wait for each other, so all have about as much to do."""
+    batch = examples(tokenizer, 33)
+    for n in (1, 2, 5, 33):
+        shares = train.fair_shares(batch, n)
+        assert sorted(map(id, batch)) == sorted(id(e) for share in shares for e in share)
+        sizes = [sum(len(e.tokens) for e in share) for share in shares]
+        assert min(sizes) > 0 and max(sizes) - min(sizes) <= max(len(e.tokens) for e in batch)
+
+
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
