@@ -6,13 +6,14 @@
 (a) the way of the paper's release: `generate` for one context at a time, all of it encoded again after each return;
 (b) the best with `transformers`: batched `generate` over all contexts of the same depth, padded on the left;
 (c) ours: without a cache; with one, but a suspended context is encoded again; its cache kept; many problems at once; a subproblem
-that several have solved once; guesses.
+that several have solved once; guesses. And the last of them again, in a tenth of the memory for keys and values that it took.
 
 With random weights every forward pass is made, but what it writes is replaced by what a perfect model would write, so that the
 calls are those of the task. "arithmetic" is the share of a large matrix product's speed on this device that the tokens fed come
 to (2 operations a parameter), "memory" the share of the speed of reading memory that the weights, read once a pass, come to.
 
-Prints a table, and one JSON object (--json). Needs transformers (requirements-dev.txt).
+Prints a table, one JSON object (--json), and where the time of the last rung but one goes (--profile). Needs transformers
+(requirements-dev.txt).
 """
 
 import json
@@ -62,6 +63,8 @@ class Config:
     """in fp32 every rung must write the same tokens"""
     json: bool = False
     """print a JSON object too"""
+    profile: bool = False
+    """run the fastest way once more, in torch's profiler"""
 
 
 class Uncached(Engine):
@@ -225,15 +228,28 @@ class Batched(Release):
         return solved
 
 
-def ours(engine: Engine, tokenizer: llama.Tokenizer, limits: Limits, prompts: list[str]) -> tuple[Contexts, int]:
-    """Contexts and forwarded tokens."""
+def ours(engine: Engine, tokenizer: llama.Tokenizer, limits: Limits, prompts: list[str]) -> tuple[Contexts, int, int]:
+    """Contexts, forwarded tokens, and the most bytes of keys and values at once."""
     decoder = Decoder(engine, tokenizer, limits, keep_frames=True)
     results = sorted(tqdm(decoder.solve(prompts), total=len(prompts), disable=None, leave=False), key=lambda r: r.index)
-    return [[f.tokens for f in r.frames] for r in results], sum(r.counts.tokens_forwarded for r in results)
+    return [[f.tokens for f in r.frames] for r in results], sum(r.counts.tokens_forwarded for r in results), decoder.peak_bytes
+
+
+def profile(run: Callable) -> None:
+    """Print the shares of wall time that torch's operators take themselves, on the device that they run on."""
+    with torch.profiler.profile() as profiler:
+        began = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - began
+    on_gpu = torch.cuda.is_available()
+    times = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) / 1e6 for e in profiler.key_averages()}
+    print(f"\nwhere {seconds:.1f} s go under the profiler:")
+    for name, own in sorted(times.items(), key=lambda item: -item[1])[:10]:
+        print(f"{own / seconds:>7.1%}  {name}")
+    print(f"{1 - sum(times.values()) / seconds:>7.1%}  outside of torch's operators: Python")
 
 
 def main(c: Config) -> None:
-
     task, rng = TASKS[c.task], random.Random(f"benchmark-{c.task}-{c.length}")
     problems = [task.sample(rng, c.length) for _ in range(c.n)]
     prompts = [task.prompt(p, "retuning") for p in problems]
@@ -257,10 +273,14 @@ def main(c: Config) -> None:
     model.register_forward_hook(count)
     theirs.register_forward_hook(count)
 
-    def rung(engine: type[Engine], n: int, **limits) -> Callable[[], tuple[Contexts, int]]:
+    peak = 0
+
+    def rung(engine: type[Engine], n: int, of_peak: float = 0.0, **limits) -> Callable[[], tuple[Contexts, int]]:
         def run() -> tuple[Contexts, int]:
+            nonlocal peak
             e = (forced(engine, oracle) if oracle else engine)(model)
-            contexts, forwarded = ours(e, tokenizer, Limits(**limit | {"cache_bytes": free_bytes(device)} | limits), prompts[:n])
+            memory = int(peak * of_peak) or free_bytes(device)
+            contexts, forwarded, peak = ours(e, tokenizer, Limits(**limit | {"cache_bytes": memory} | limits), prompts[:n])
             return contexts, getattr(e, "forwarded", forwarded)
 
         return run
@@ -275,6 +295,7 @@ def main(c: Config) -> None:
         "    many problems at once": (c.n, rung(Engine, c.n, batch=c.batch, draft=0, share=False)),
         "    shared subproblems": (c.n, rung(Engine, c.n, batch=c.batch, draft=0)),
         "    guesses": (c.n, rung(Engine, c.n, batch=c.batch)),
+        "    ... in a tenth of the memory": (c.n, rung(Engine, c.n, of_peak=0.1, batch=c.batch)),
     }
     release.generate([tokenizer.start(prompts[0])])  # warm up
     rung(Engine, 1)()
@@ -291,7 +312,7 @@ def main(c: Config) -> None:
         rows.append({
             "rung": name.strip(), "problems": n, "problems_per_second": n / seconds, "forwarded_per_problem": forwarded / n,
             "passes_per_problem": passes / n, "arithmetic": 2 * parameters * forwarded / seconds / arithmetic,
-            "memory": passes * size / seconds / memory,
+            "memory": passes * size / seconds / memory, "cache_MB": "" if "transformers" in name else round(peak / 1e6, 1),
         })  # fmt: skip
     reference = all_contexts["(b) transformers, batched"]
     for row, contexts in zip(rows, all_contexts.values(), strict=True):
@@ -303,19 +324,23 @@ def main(c: Config) -> None:
         f"{c.task}, length {c.length}, {c.shape} model in {dtype} on {device}, {torch.get_num_threads()} threads; "
         f"a product {arithmetic / 1e9:.0f} GFLOP/s, memory {memory / 1e9:.0f} GB/s"
     )
-    columns = f"{'problems/s':>12}{'tokens each':>12}{'passes each':>12}{'arithmetic':>11}{'memory':>8}{'x (a)':>9}{'x (b)':>9}"
+    columns = f"{'problems/s':>12}{'tokens each':>12}{'passes each':>12}{'arithmetic':>11}{'memory':>8}"
+    columns += f"{'cache MB':>9}{'x (a)':>9}{'x (b)':>9}"
     print(f"{'':<36}{columns}  same tokens")
     for name, row in zip(rungs, rows, strict=True):
         speed = row["problems_per_second"]
         row["over_release"], row["over_batched"] = (speed / rows[i]["problems_per_second"] for i in (0, 1))
         print(
             f"{name:<36}{speed:>12.3f}{row['forwarded_per_problem']:>12.0f}{row['passes_per_problem']:>12.1f}"
-            f"{row['arithmetic']:>11.1%}{row['memory']:>8.1%}{row['over_release']:>9.1f}{row['over_batched']:>9.1f}"
+            f"{row['arithmetic']:>11.1%}{row['memory']:>8.1%}"
+            f"{row['cache_MB']:>9}{row['over_release']:>9.1f}{row['over_batched']:>9.1f}"
             f"  {'yes' if row['same_tokens'] else 'NO'}"
         )
     if c.json:
         print(json.dumps({"task": c.task, "length": c.length, "shape": c.shape, "dtype": str(dtype), "device": str(device),
                           "product_flops": arithmetic, "memory_bytes_per_second": memory, "rungs": rows}))  # fmt: skip
+    if c.profile:
+        profile(rung(Engine, c.n, batch=c.batch))
 
 
 if __name__ == "__main__":
