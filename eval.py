@@ -12,6 +12,7 @@ import json
 import math
 import os
 import random
+import signal
 import socket
 import sys
 import time
@@ -385,10 +386,19 @@ def share_out(c: EvalConfig, count: int) -> None:
         sys.exit(str(e) if e.signal_name else e.exit_code)
     finally:
         for p in context.processes:
+            if p.is_alive():
+                os.kill(p.pid, signal.SIGINT)
+        for p in context.processes:
+            p.join(5)
             p.terminate()
 
 
 def process(rank: int, count: int, port: int, c: EvalConfig) -> None:
+    def stop(*_) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is followed by that of share_out
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, stop)
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:

@@ -1,9 +1,12 @@
 """The evaluation: intervals, files, interruption. On the shipped adapters, with few short problems."""
 
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import BASE, ROOT
@@ -180,3 +183,20 @@ def test_two_processes_share_the_problems(launched, tmp_path):
     one, two = (json.loads((tmp_path / name / "in-distribution.json").read_text())["results"] for name in ("one", "two"))
     assert outcome(one) == outcome(two) and [r["n"] for r in two] == [7] * 6
     assert not list((tmp_path / "two").glob("*.partial.jsonl"))
+
+
+def test_interrupted_processes_stop_in_one_line_and_go_on(tmp_path):
+    """Ctrl-C reaches all processes of a terminal, `kill -INT` the first alone."""
+    flags = "--task addition --method retuning --lengths 2 10 --n 30 --processes 2 --dtype float32".split()
+    command = [sys.executable, ROOT / "eval.py", *flags, "--out", tmp_path, "--runs", tmp_path / "none"]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while started.poll() is None and not any(p.stat().st_size for p in tmp_path.glob("*.partial.jsonl")):
+        time.sleep(0.05)
+    os.kill(started.pid, signal.SIGINT)
+    _, errors = started.communicate(timeout=60)
+    assert started.returncode == 130 and errors == "interrupted\n"
+    done = sum(len(p.read_text().splitlines()) for p in tmp_path.glob("*.partial.jsonl"))
+    assert 0 < done < 60
+    again = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert again.returncode == 0, again.stderr
+    assert [r["n"] for r in json.loads((tmp_path / "in-distribution.json").read_text())["results"]] == [30, 30]
