@@ -186,7 +186,7 @@ def test_two_processes_share_the_problems(launched, tmp_path):
 
 
 def test_interrupted_processes_stop_in_one_line_and_go_on(tmp_path):
-    """Ctrl-C reaches all processes of a terminal, `kill -INT` the first alone."""
+    """By `kill -INT` to the first process, which stops the others."""
     flags = "--task addition --method retuning --lengths 2 10 --n 30 --processes 2 --dtype float32".split()
     command = [sys.executable, ROOT / "eval.py", *flags, "--out", tmp_path, "--runs", tmp_path / "none"]
     started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
