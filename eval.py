@@ -1,7 +1,6 @@
 """Evaluate adapters by problem length, above all out of distribution.
 
     python eval.py --ood
-    torchrun --nproc-per-node 2 -- eval.py --ood     # on two GPUs: half of the problems each
 
 One loop and one decoding policy (greedy, the call-stack decoder of recurse.py) for all methods, which are asked the same
 problems. The task parses and judges. Prints a table, and writes <out>/ood.json and <out>/ood.png.
@@ -10,22 +9,22 @@ problems. The task parses and judges. Prints a table, and writes <out>/ood.json 
 import hashlib
 import json
 import math
-import os
 import random
 import signal
-import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
-from datetime import timedelta
+from functools import cached_property
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Literal
 
 import torch
 import tyro
-from torch import distributed
+from torch import multiprocessing
 from tqdm import tqdm
 
 import lora
@@ -69,7 +68,7 @@ class EvalConfig:
     share: bool = True
     """solve a subproblem that several problems have once"""
     processes: int = 0
-    """that share the problems out on a CPU (default: one a core, where there is enough to do; for GPUs there is torchrun)"""
+    """that share the problems out (default: one a GPU or core, where there are 100 problems for each)"""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
@@ -84,7 +83,7 @@ class Cell:
     length: int
     problems: list
 
-    @property
+    @cached_property
     def key(self) -> str:
         """Names the work, so that an interrupted evaluation finds what is done: a changed adapter or problem is other work."""
         digest = hashlib.sha256((self.adapter / "adapter_model.safetensors").read_bytes())
@@ -177,34 +176,22 @@ def cells(c: EvalConfig) -> list[Cell]:
 
 
 class Partial:
-    """What is done so far, a line a problem, so that an interrupted evaluation goes on where it stopped.
+    """What is done so far, a line a problem, so that an interrupted evaluation goes on where it stopped."""
 
-    Every process writes to a file of its own, and reads them all when it starts.
-    """
-
-    def __init__(self, folder: Path, name: str):
-        self.paths, self.done = lambda: sorted(folder.glob(f"{name}.*.partial.jsonl")), {}
-        rank, size = llama.processes()
-        path = folder / f"{name}.{rank}.partial.jsonl"
-        own = {}
-        for p in self.paths():
-            for line in p.read_text().splitlines():
-                try:
-                    r = json.loads(line)
-                except ValueError:
-                    break  # cut off while it was written
-                self.done[r["cell"], r["index"]] = r
-                if p == path:
-                    own[r["cell"], r["index"]] = r
-        if size > 1:
-            distributed.barrier()  # before any of the files is written again
-        llama.write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in own.values())))
+    def __init__(self, path: Path):
+        self.path, self.done = path, {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                r = json.loads(line)
+            except ValueError:
+                break  # cut off while it was written
+            self.done[r["cell"], r["index"]] = r
+        llama.write_atomically(path, lambda p: p.write_text("".join(json.dumps(r) + "\n" for r in self.done.values())))
         self.file = path.open("a")
 
-    def waiting(self, cell: Cell, key: str) -> list[int]:
-        """Indices of the problems of a cell that this process is to solve."""
-        rank, size = llama.processes()
-        return [i for i in range(len(cell.problems)) if (key, i) not in self.done][rank::size]
+    def waiting(self, cell: Cell) -> list[int]:
+        """Indices of the problems of a cell that are to be solved."""
+        return [i for i in range(len(cell.problems)) if (cell.key, i) not in self.done]
 
     def add(self, record: dict) -> None:
         self.done[record["cell"], record["index"]] = record
@@ -213,28 +200,95 @@ class Partial:
 
     def remove(self) -> None:
         self.file.close()
-        for path in self.paths():
-            path.unlink()
+        self.path.unlink()
 
 
-def run_cell(cell: Cell, key: str, waiting: list[int], decoder: Decoder, partial: Partial) -> Iterator[dict]:
-    """Decode the problems of a cell with these indices; yields a record a problem."""
-    task = TASKS[cell.task]
-    before = time.monotonic()
-    for result in decoder.solve([task.prompt(cell.problems[i], cell.method) for i in waiting]):
-        index, now = waiting[result.index], time.monotonic()
-        record = {
-            "cell": key,
-            "index": index,
-            "correct": result.ending == "answer" and task.judge(cell.problems[index], result.text, cell.method),
-            "ending": result.ending,
-            **asdict(result.counts),
-            "peak_cache_bytes": decoder.peak_bytes,
-            "seconds": now - before,  # since the one before: they sum up to the cell's
-        }
-        before = now
-        partial.add(record)
-        yield record
+def decode(c: EvalConfig, todo: list[Cell], waiting: list[list[int]], share: float = 1.0) -> Iterator[dict]:
+    """Solve the problems of each cell with these indices, in this share of the memory; yields a record a problem."""
+    device = llama.pick_device(c.device)
+    dtype = llama.pick_dtype(c.dtype, device)
+    memory = int(cache_bytes(c.kv_budget, device) * share)
+    loaded, engine = None, None
+    for cell, indices in zip(todo, waiting, strict=True):
+        if not indices:
+            continue
+        if loaded != cell.adapter:
+            model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
+            engine, loaded = Engine(model), cell.adapter
+        task = TASKS[cell.task]
+        limits = bounds(task, cell.problems, cell.method, tokenizer)
+        decoder = Decoder(engine, tokenizer, Limits(cache_bytes=memory, batch=c.batch, share=c.share, **limits))
+        before = time.monotonic()
+        for result in decoder.solve([task.prompt(cell.problems[i], cell.method) for i in indices]):
+            index, now = indices[result.index], time.monotonic()
+            yield {
+                "cell": cell.key,
+                "index": index,
+                "correct": result.ending == "answer" and task.judge(cell.problems[index], result.text, cell.method),
+                "ending": result.ending,
+                **asdict(result.counts),
+                "peak_cache_bytes": decoder.peak_bytes,
+                "seconds": now - before,  # since the one before: they sum up to the cell's, of all processes
+            }
+            before = now
+
+
+def decode_in_processes(c: EvalConfig, todo: list[Cell], waiting: list[list[int]], count: int) -> Iterator[dict]:
+    """decode() by several processes, each with a share of every cell, so that all have about as much to do.
+
+    On a CPU because the steps of a small model have little for several threads to do; on GPUs to use them all.
+    """
+    context = multiprocessing.get_context("spawn")
+    workers = {}
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a terminal's Ctrl-C is for this process alone
+    try:
+        for rank in range(count):
+            share = [indices[rank::count] for indices in waiting]
+            records, sent = context.Pipe(duplex=False)
+            workers[records] = context.Process(target=work, args=(sent, rank, count, c, todo, share), daemon=True)
+            workers[records].start()
+            sent.close()  # here, so that the end of the process ends the records
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        while workers:
+            for records in wait(list(workers)):
+                try:
+                    record = records.recv()
+                except EOFError:
+                    worker = workers.pop(records)
+                    worker.join()
+                    if worker.exitcode:
+                        raise UserError(
+                            f"a process of {count} ended by itself (exit code {worker.exitcode}; -9: for want of memory); "
+                            "nothing is lost: the same command goes on, with fewer --processes in less memory"
+                        ) from None
+                    continue
+                if isinstance(record, UserError):
+                    raise record
+                yield record
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+        for worker in workers.values():
+            worker.join()
+
+
+def work(records: Connection, rank: int, count: int, c: EvalConfig, todo: list[Cell], waiting: list[list[int]]) -> None:
+    """One of the processes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # in good order
+    on_gpu = llama.pick_device(c.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(rank)
+    else:
+        torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    try:
+        for record in decode(c, todo, waiting, share=1.0 if on_gpu else 1 / count):
+            records.send(record)
+    except UserError as e:
+        records.send(e)
+    except BrokenPipeError:  # the first process has been killed
+        pass
 
 
 def summary(cell: Cell, records: list[dict]) -> dict:
@@ -256,40 +310,31 @@ def summary(cell: Cell, records: list[dict]) -> dict:
 
 
 def evaluate(c: EvalConfig, todo: list[Cell], partial: Partial) -> list[dict]:
-    """A summary of each cell, in all processes; each decodes its share of every cell, so that all have about as much to do."""
-    device = llama.pick_device(c.device)
-    dtype = llama.pick_dtype(c.dtype, device)
-    rank, size = llama.processes()
-    memory = cache_bytes(c.kv_budget, device) // (size if device.type == "cpu" else 1)
-    keys = [cell.key for cell in todo]
-    waiting = [partial.waiting(cell, key) for cell, key in zip(todo, keys, strict=True)]
-    loaded, engine = None, None
-    bar = tqdm(total=sum(map(len, waiting)), unit="problem", disable=True if rank else None)
-    for cell, key, indices in zip(todo, keys, waiting, strict=True):
-        if not indices:
-            continue
-        if loaded != cell.adapter:
-            model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
-            engine, loaded = Engine(model), cell.adapter
-        limits = bounds(TASKS[cell.task], cell.problems, cell.method, tokenizer)
-        limits = Limits(cache_bytes=memory, batch=c.batch, share=c.share, **limits)
-        right, count, began = 0, 0, time.monotonic()
-        for record in run_cell(cell, key, indices, Decoder(engine, tokenizer, limits), partial):
-            right, count = right + record["correct"], count + 1
-            bar.set_description(f"{cell.task} {cell.method} {cell.length}: {right}/{count} right")
+    """A summary of each cell."""
+    waiting = [partial.waiting(cell) for cell in todo]
+    count = c.processes or max(1, min(devices(c), sum(map(len, waiting)) // 100))
+    solved = decode_in_processes(c, todo, waiting, count) if count > 1 else decode(c, todo, waiting)
+    names = {cell.key: f"{cell.task} {cell.method} {cell.length}" for cell in todo}
+    left = {cell.key: len(indices) for cell, indices in zip(todo, waiting, strict=True)}
+    right, n, seconds = Counter(), Counter(), Counter()
+    with tqdm(total=sum(left.values()), unit="problem", disable=None) as bar, closing(solved):
+        for record in solved:
+            partial.add(record)
+            key = record["cell"]
+            left[key], right[key], n[key] = left[key] - 1, right[key] + record["correct"], n[key] + 1
+            seconds[key] += record["seconds"]
+            so_far = f"{names[key]}: {right[key]}/{n[key]} right"
+            bar.set_description(so_far)
             bar.update()
-        if bar.disable and rank == 0:
-            share = f" (a share of 1 in {size})" if size > 1 else ""
-            seconds = time.monotonic() - began
-            print(f"{cell.task} {cell.method} length {cell.length}{share}: {right}/{count} right, {seconds:.0f} s", flush=True)
-    bar.close()
-    if size > 1:
-        shares: list = [None] * size
-        distributed.all_gather_object(shares, partial.done)
-        partial.done = {place: record for share in shares for place, record in share.items()}
-    return [
-        summary(cell, [partial.done[key, i] for i in range(len(cell.problems))]) for cell, key in zip(todo, keys, strict=True)
-    ]
+            if bar.disable and not left[key]:
+                print(f"{so_far}, {seconds[key]:.0f} s", flush=True)
+    return [summary(cell, [partial.done[cell.key, i] for i in range(len(cell.problems))]) for cell in todo]
+
+
+def devices(c: EvalConfig) -> int:
+    """GPUs, or the threads that torch takes on a CPU."""
+    kind = llama.pick_device(c.device).type
+    return {"cuda": torch.cuda.device_count, "mps": lambda: 1, "cpu": torch.get_num_threads}[kind]()
 
 
 # --- the report --------------------------------------------------------------------------------------------------
@@ -373,58 +418,18 @@ def plot(results: list[dict], path: Path) -> bool:
     return True
 
 
-def share_out(c: EvalConfig, count: int) -> None:
-    """Run main() in this many processes: the steps of a small model have little for several threads to do."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = torch.multiprocessing.spawn(process, (count, port, c), count, join=False)
-    try:
-        while not context.join():
-            pass
-    except torch.multiprocessing.ProcessExitedException as e:  # it has said why, unless it was killed
-        sys.exit(str(e) if e.signal_name else e.exit_code)
-    finally:
-        for p in context.processes:
-            if p.is_alive():
-                os.kill(p.pid, signal.SIGINT)
-        for p in context.processes:
-            p.join(5)
-            p.terminate()
-
-
-def process(rank: int, count: int, port: int, c: EvalConfig) -> None:
-    def stop(*_) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is followed by that of share_out
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, stop)
-    torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        main(c)
-    except UserError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:  # of which the first process speaks
-        sys.exit(130)
-
-
 def main(c: EvalConfig) -> None:
     if c.n < 1 or c.batch < 1 or c.processes < 0 or not (c.kv_budget is None or 0 < c.kv_budget < math.inf):
         raise UserError("expected --n and --batch of 1 or more, --processes of 0 or more, --kv-budget above 0")
     if not all(1 <= length <= 4000 for length in c.lengths):  # Python converts integers of up to 4300 digits
         raise UserError(f"--lengths {' '.join(map(str, c.lengths))}: expected lengths of 1 to 4000")
+    device = llama.pick_device(c.device)
+    if device.type == "cuda" and c.processes > torch.cuda.device_count():
+        raise UserError(f"--processes {c.processes}: expected one a GPU at most, of which there are {torch.cuda.device_count()}")
     todo = cells(c)
-    device, (rank, size) = llama.pick_device(c.device), llama.processes()
-    if size == 1 and device.type == "cpu":
-        count = c.processes or min(torch.get_num_threads(), sum(len(cell.problems) for cell in todo) // 100)
-        if count > 1:
-            return share_out(c, count)
-    llama.join_processes(device, timedelta(days=1))  # a share may take far less than another
     for task, method, adapter in dict.fromkeys((cell.task, cell.method, cell.adapter) for cell in todo):
         lora.read_adapter_config(adapter)
-        if rank == 0:
-            print(f"{task} by {method}: {adapter}")
+        print(f"{task} by {method}: {adapter}")
     name = "problems" if c.problems else "ood" if c.ood else "in-distribution"
     settings = {
         "base": str(c.base),
@@ -433,16 +438,12 @@ def main(c: EvalConfig) -> None:
         "batch": c.batch,
         "share": c.share,
     }
-    work = hashlib.sha256(json.dumps([settings, [cell.key for cell in todo]]).encode()).hexdigest()[:8]
+    work_key = hashlib.sha256(json.dumps([settings, [cell.key for cell in todo]]).encode()).hexdigest()[:8]
     try:
-        partial = Partial(c.out, f"{name}-{work}")  # another evaluation keeps files of its own
+        partial = Partial(c.out / f"{name}-{work_key}.partial.jsonl")  # another evaluation keeps a file of its own
     except OSError as e:
         raise UserError(f"{c.out}: cannot be written to ({e.strerror}); choose another --out") from None
     results = evaluate(c, todo, partial)
-    if size > 1:
-        distributed.destroy_process_group()
-    if rank:
-        return  # the first process does the rest
     report = {
         "results": results,
         "reach": reach(results),

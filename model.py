@@ -16,7 +16,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import sentencepiece
@@ -70,12 +69,12 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def join_processes(device: torch.device, timeout: timedelta | None = None) -> None:
-    """Meet the others that torchrun has started, if any; each then has a GPU of its own. One waits for another for `timeout`."""
+def join_processes(device: torch.device) -> None:
+    """Meet the others that torchrun has started, if any; each then has a GPU of its own."""
     if processes()[1] > 1:
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
