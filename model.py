@@ -323,7 +323,7 @@ class LLaMA(nn.Module):
         else:
             if n_new is not None:
                 real = (torch.arange(T, device=tokens.device) < n_new[:, None]).nonzero(as_tuple=True)
-            slots, attends = cache.open(T, rows, real)
+            slots, attends = cache.open(T, longest, rows, real)
             if positions is None:
                 positions = slots
             # In one step many rows go on by a token or two and some take a prompt: padding would be most of the work.
@@ -384,10 +384,12 @@ class KVCache:
         """The most positions that any row will have in use after n_new more."""
         return int(((self.lengths if rows is None else self.lengths[rows]) + n_new).max())
 
-    def open(self, n_tokens: int, rows: Tensor | None, real: tuple | None) -> tuple[Tensor, "list[LayerCache]"]:
-        """The slots [B, T] that n_tokens new tokens a row go to (those that are `real`), and each layer's view of the cache."""
+    def open(self, n_tokens: int, total: int, rows: Tensor | None, real: tuple | None) -> tuple[Tensor, "list[LayerCache]"]:
+        """The slots [B, T] that n_tokens new tokens a row go to (those that are `real`), and each layer's view of the cache.
+
+        total  positions in use in the longest row once they are in; padding has no slot of its own
+        """
         lengths = self.lengths if rows is None else self.lengths[rows]
-        total = int(lengths.max()) + n_tokens
         self.reserve(total)
         slots = lengths[:, None] + torch.arange(n_tokens, device=lengths.device)
         # A query sees the slots up to its own. SDPA's is_causal is aligned to the first key and would be wrong here.
@@ -407,6 +409,13 @@ class KVCache:
     def shorten(self, n: Tensor, rows: Tensor | None) -> None:
         """Forget the last n positions of each row."""
         self.close(-n, rows)
+
+    def keep(self, rows: list[int], n_rows: int) -> None:
+        """These rows alone, numbered from 0, of n_rows in all; with no more room than the longest needs."""
+        capacity, more = self.round_up(int(self.lengths[rows].max())), n_rows - len(rows)
+        self.keys = F.pad(self.keys[:, rows, :, :capacity], (0, 0, 0, 0, 0, 0, 0, more))
+        self.values = F.pad(self.values[:, rows, :, :capacity], (0, 0, 0, 0, 0, 0, 0, more))
+        self.lengths = F.pad(self.lengths[rows], (0, more))
 
     def take(self, row: int) -> tuple[Tensor, Tensor]:
         """A copy of a row's keys and values, [layers, K, length, hd] each: only the positions in use."""

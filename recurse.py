@@ -120,12 +120,12 @@ class Decoder:
         """Yield each problem as it ends. (An order of its own: `Problem.index` says which prompt it was.)"""
         waiting = deque(Problem(i, prompt) for i, prompt in enumerate(prompts))
         longest = max((len(self.tokenizer.start(p)) for p in prompts), default=0)
-        n_rows = min(len(waiting), self.engine.rows_for(longest, self.limits))
-        self.engine.reset(n_rows)
+        most_rows = min(len(waiting), self.engine.rows_for(longest, self.limits))
+        self.engine.reset(most_rows)
         self.shared, self.peak_bytes = Shared(), 0
         live: dict[int, Problem] = {}  # row -> problem
         while waiting or live or self.shared.ready:
-            for row in range(n_rows):
+            for row in range(self.engine.n_rows):
                 while row not in live and (waiting or self.shared.ready):
                     live[row] = (self.shared.ready or waiting).popleft()
                     self._start(row, live[row])
@@ -135,6 +135,7 @@ class Decoder:
             yield from self._take_out(live)
             if not live:
                 continue
+            self._fit(live, most_rows)
             self._step(live)
             yield from self._take_out(live)
 
@@ -277,6 +278,30 @@ class Decoder:
             self._forget(next(iter(self.suspended.values())))
         self.peak_bytes = max(self.peak_bytes, self.suspended_bytes + live_bytes)
 
+    def _fit(self, live: dict[int, Problem], most_rows: int) -> None:
+        """Fewer rows where the live contexts have outgrown the memory, and more again when there is room for twice as many.
+
+        The longest contexts stay. The others are put back, to be fed again.
+        """
+        n_rows, frames = self.engine.n_rows, {row: problem.stack[-1] for row, problem in live.items()}
+        # Not more than this is in use after the next step: it feeds what is pending, or a piece of it, and guesses.
+        length = max(len(frame.tokens) + len(frame.pending) for frame in frames.values()) + self.draft
+        fit = max(1, self.limits.cache_bytes // self.engine.row_bytes(length))
+        if fit < n_rows:
+            rows = sorted(live, key=lambda row: len(frames[row].tokens), reverse=True)
+            for row in rows[fit:]:
+                live[row].parked = True
+                self.shared.ready.append(live[row])
+            self._take_out(live)
+        elif n_rows < most_rows and fit >= 2 * n_rows:
+            fit = min(2 * n_rows, most_rows)
+        else:
+            return
+        self.engine.keep(list(live), fit)
+        problems = list(live.values())
+        live.clear()
+        live.update(enumerate(problems))
+
     def _forget(self, frame: Frame) -> None:
         if frame.saved is not None:
             self.suspended_bytes -= _nbytes(frame.saved)
@@ -286,6 +311,8 @@ class Decoder:
     def _restore(self, row: int, problem: Problem) -> None:
         """Make the suspended top frame live again: on top of its own cache, or by feeding it once more."""
         frame = problem.stack[-1]
+        if self.engine.row_bytes(len(frame.tokens)) * self.engine.n_rows > self.limits.cache_bytes:
+            self._forget(frame)  # as long as it is, it would make all rows too long
         if frame.saved is not None:
             self.engine.put(row, frame.saved)
             self._forget(frame)
@@ -443,14 +470,19 @@ class Engine:
         self.cache = KVCache(self.model.config, n_rows, device=self.model.device, dtype=self.dtype)
 
     def rows_for(self, prompt_tokens: int, limits: Limits) -> int:
-        """How many problems to run at once.
+        """How many problems to begin with: so many that half of the memory takes live contexts of four times their prompts.
 
-        The live frames must fit whatever their length. A problem whose prompt of P tokens loses two a level (one
-        digit of each operand) holds about P * P / 2 suspended positions at its deepest; a list loses more a level.
+        The other half is for suspended contexts. Where live ones grow longer, the decoder makes do with fewer rows.
         """
-        position = KVCache.bytes_per_position(self.model.config, self.dtype)
-        each = position * max(self.max_seq_len, prompt_tokens**2 // 2 + 4 * prompt_tokens)
-        return max(1, min(limits.batch, limits.cache_bytes // each))
+        return max(1, min(limits.batch, limits.cache_bytes // (2 * self.row_bytes(4 * prompt_tokens))))
+
+    def row_bytes(self, length: int) -> int:
+        """What a row of a live cache takes if the longest context has this length."""
+        return KVCache.round_up(length) * KVCache.bytes_per_position(self.model.config, self.dtype)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.cache.lengths)
 
     @property
     def nbytes(self) -> int:
@@ -458,9 +490,13 @@ class Engine:
 
     def nbytes_for(self, rows: list[int], chunks: list[list[int]]) -> int:
         """What the live cache will take once these chunks are in."""
-        longest = max(int(self.cache.lengths.max()), int(self.cache.lengths[rows].max()) + max(map(len, chunks)))
-        position = KVCache.bytes_per_position(self.model.config, self.dtype)
-        return len(self.cache.lengths) * max(self.cache.capacity, KVCache.round_up(longest)) * position
+        lengths = self.cache.lengths.tolist()
+        longest = max(*lengths, *(lengths[row] + len(chunk) for row, chunk in zip(rows, chunks, strict=True)))
+        return self.n_rows * self.row_bytes(max(self.cache.capacity, longest))
+
+    def keep(self, rows: list[int], n_rows: int) -> None:
+        """These rows alone, numbered from 0, of n_rows in all."""
+        self.cache.keep(rows, n_rows)
 
     def clear(self, row: int) -> None:
         self.cache.lengths[row] = 0
@@ -481,7 +517,7 @@ class Engine:
         last g tokens are guesses. Of these only the ones that the model would have written are kept, with the token
         that it writes after them.
         """
-        n_rows, device = len(self.cache.lengths), self.model.device
+        n_rows, device = self.n_rows, self.model.device
         T = max(map(len, chunks))
         wanted = wanted or [1] * len(rows)
         chunks_in, wanted_in = chunks, wanted

@@ -84,6 +84,9 @@ class Uncached(Engine):
     def put(self, row: int, saved) -> None:
         self.contexts[row] = saved[0].tolist()
 
+    def row_bytes(self, length: int) -> int:
+        return 1
+
     def nbytes_for(self, rows, chunks) -> int:
         return 0
 
@@ -125,6 +128,10 @@ def forced(engine: type[Engine], oracle: Oracle) -> type[Engine]:
         def clear(self, row: int) -> None:
             super().clear(row)
             self.texts[row] = []
+
+        def keep(self, rows: list[int], n_rows: int) -> None:
+            super().keep(rows, n_rows)
+            self.texts = [self.texts[row] for row in rows] + [[] for _ in range(n_rows - len(rows))]
 
         def take(self, row: int):
             return *super().take(row), torch.tensor(self.texts[row])

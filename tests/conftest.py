@@ -58,6 +58,13 @@ class ScriptedEngine:
     def nbytes_for(self, rows, chunks):
         return 0
 
+    def row_bytes(self, length):
+        return 1
+
+    @property
+    def n_rows(self):
+        return len(self.rows)
+
     def clear(self, row):
         self.rows[row] = []
 

@@ -12,7 +12,7 @@ from conftest import BASE, ROOT, ScriptedEngine, perfect, random_model
 
 import lora
 import model as llama
-from recurse import ENDINGS, Decoder, Engine, Limits, bounds
+from recurse import ENDINGS, Decoder, Engine, Limits, bounds, load_solver
 from tasks import DP, METHODS, TASKS, Addition
 
 
@@ -336,9 +336,39 @@ def test_number_of_problems_at_once_follows_the_memory():
     engine = Engine(random_model())
     position = llama.KVCache.bytes_per_position(engine.model.config, torch.float32)
     assert position == 2 * 2 * 2 * 8 * 4
-    assert engine.rows_for(20, Limits(cache_bytes=position * 1024 * 10)) == 10, "live rows must fit at their longest"
-    assert engine.rows_for(100, Limits(cache_bytes=position * 54_000)) == 10, "100 * 100 / 2 + 400 positions each"
+    assert engine.rows_for(16, Limits(cache_bytes=position * 64 * 2 * 10)) == 10, "half of it for four times the prompts"
+    assert engine.rows_for(17, Limits(cache_bytes=position * 128 * 2 * 10)) == 10, "in steps of 64"
     assert engine.rows_for(20, Limits(cache_bytes=1)) == 1
+
+
+@pytest.mark.parametrize("rows", [2.5, 1.0])
+def test_live_contexts_that_outgrow_the_memory_are_put_back(rows):
+    """Scratchpads are much longer than their prompts: fewer run at once, the same tokens come out, and rows come back."""
+    model, tokenizer = load_solver(BASE / "adapters/addition-scratchpad", None, torch.device("cpu"), torch.float32)
+    rng = random.Random(6)
+    lengths = [2, 9, 3, 9, 1, 2, 4, 3, 1, 2, 1, 1]
+    prompts = [Addition.prompt(Addition.sample(rng, n), "scratchpad") for n in lengths]
+    solve_limits = Limits(batch=8, max_tokens=1000)
+    plenty = traces(Engine(model), tokenizer, solve_limits, prompts)
+    longest = max(len(tokens) for _, frames in plenty for _, tokens, _ in frames)
+    engine = Engine(model)
+    engine.rows_for = lambda *_: 8
+    bound, numbers = int(rows * engine.row_bytes(longest)), []
+    decoder = Decoder(engine, tokenizer, replace(solve_limits, cache_bytes=bound, share=False), keep_frames=True)
+    feed = engine.feed
+
+    def watch(*args):
+        written = feed(*args)
+        assert engine.nbytes <= bound or engine.n_rows == 1
+        numbers.append(engine.n_rows)
+        return written
+
+    engine.feed = watch
+    results = sorted(decoder.solve(prompts), key=lambda r: r.index)
+    assert [(r.ending, [(f.depth, f.tokens, f.ending) for f in r.frames]) for r in results] == plenty
+    assert sum(r.counts.tokens_refed for r in results) > 0
+    least = min(numbers)
+    assert least <= max(1, rows) and max(numbers[numbers.index(least) :]) > least, "rows were not taken away, or did not return"
 
 
 def test_sampling_is_seeded():
