@@ -6,7 +6,10 @@
 (a) the way of the paper's release: `generate` for one context at a time, all of it encoded again after each return;
 (b) the best with `transformers`: batched `generate` over all contexts of the same depth, padded on the left;
 (c) ours: without a cache; with one, but a suspended context is encoded again; its cache kept; many problems at once; a subproblem
-that several have solved once; guesses. And the last of them again, in a tenth of the memory for keys and values that it took.
+that several have solved once; guesses. And the last of them again, in a tenth of the memory for keys and values that it took;
+and, on a CPU, in a process for each thread, as eval.py does it.
+
+Problems on which the adapter goes astray, calling on and on, are left out: only our decoder has limits for them.
 
 With random weights every forward pass is made, but what it writes is replaced by what a perfect model would write, so that the
 calls are those of the task. "arithmetic" is the share of a large matrix product's speed on this device that the tokens fed come
@@ -22,7 +25,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -242,6 +245,50 @@ def ours(engine: Engine, tokenizer: llama.Tokenizer, limits: Limits, prompts: li
     return [[f.tokens for f in r.frames] for r in results], sum(r.counts.tokens_forwarded for r in results), decoder.peak_bytes
 
 
+class Processes:
+    """Our fastest way in several processes, each with a share of the problems and one thread. They are started beforehand."""
+
+    def __init__(self, count: int, adapter: Path, dtype: torch.dtype, prompt: str):
+        self.count = count
+        self.pool = torch.multiprocessing.get_context("spawn").Pool(count, self.start, (adapter, dtype, prompt))
+        self.pool.map(len, [""] * count)  # all have loaded
+
+    @staticmethod
+    def start(adapter: Path, dtype: torch.dtype, prompt: str) -> None:
+        global loaded
+        torch.set_num_threads(1)
+        loaded = load_solver(adapter, None, torch.device("cpu"), dtype)
+        Processes.solve(Limits(), [prompt])  # warm up
+
+    @staticmethod
+    def solve(limits: Limits, prompts: list[str]) -> tuple[Contexts, int, int, int]:
+        model, tokenizer = loaded
+        passes = 0
+
+        def count(*_) -> None:
+            nonlocal passes
+            passes += 1
+
+        handle = model.register_forward_hook(count)
+        contexts, forwarded, peak = ours(Engine(model), tokenizer, limits, prompts)
+        handle.remove()
+        return contexts, forwarded, peak, passes
+
+    def run(self, limits: Limits, prompts: list[str]) -> tuple[Contexts, int, int, int]:
+        shares = [
+            (replace(limits, cache_bytes=limits.cache_bytes // self.count), prompts[i :: self.count]) for i in range(self.count)
+        ]
+        parts = self.pool.starmap(self.solve, shares, chunksize=1)
+        contexts: Contexts = [[]] * len(prompts)
+        for i, (solved, *_) in enumerate(parts):
+            contexts[i :: self.count] = solved
+        return contexts, *(sum(part[k] for part in parts) for k in (1, 2, 3))
+
+    def close(self) -> None:
+        self.pool.close()
+        self.pool.join()
+
+
 def profile(run: Callable) -> None:
     """Print the shares of wall time that torch's operators take themselves, on the device that they run on."""
     with torch.profiler.profile() as profiler:
@@ -258,7 +305,7 @@ def profile(run: Callable) -> None:
 
 def main(c: Config) -> None:
     task, rng = TASKS[c.task], random.Random(f"benchmark-{c.task}-{c.length}")
-    problems = [task.sample(rng, c.length) for _ in range(c.n)]
+    problems = [task.sample(rng, c.length) for _ in range(c.n + c.n // 4)]
     prompts = [task.prompt(p, "retuning") for p in problems]
     device = llama.pick_device(c.device)
     dtype = llama.pick_dtype(c.dtype, device)
@@ -270,6 +317,16 @@ def main(c: Config) -> None:
         model, oracle = random_model(c.shape, device, dtype), Oracle(task, tokenizer)
     theirs = in_transformers(model, tokenizer)
     limit = bounds(task, problems, "retuning", tokenizer)
+    if oracle is None:
+        decoder = Decoder(Engine(model), tokenizer, Limits(**limit, cache_bytes=free_bytes(device), batch=c.batch))
+        solved = tqdm(decoder.solve(prompts), total=len(prompts), disable=None, leave=False, desc="choosing problems")
+        answered = sorted(r.index for r in solved if r.ending == "answer")
+        prompts = [prompts[i] for i in answered]
+        if len(prompts) < c.n:
+            raise llama.UserError(
+                f"the adapter answers only {len(prompts)} of {len(problems)} problems; choose a smaller --length"
+            )
+    prompts = prompts[: c.n]
     release, batched = (way(theirs, tokenizer, limit["max_segment_tokens"], oracle) for way in (Release, Batched))
     passes = 0
 
@@ -304,6 +361,17 @@ def main(c: Config) -> None:
         "    guesses": (c.n, rung(Engine, c.n, batch=c.batch)),
         "    ... in a tenth of the memory": (c.n, rung(Engine, c.n, of_peak=0.1, batch=c.batch)),
     }
+    processes, pool = min(torch.get_num_threads(), c.n), None
+    if c.shape == "shipped" and device.type == "cpu" and processes > 1:
+        pool = Processes(processes, c.adapter or lora.find_adapter(c.task, "retuning"), dtype, prompts[0])
+
+        def in_processes() -> tuple[Contexts, int]:
+            nonlocal peak, passes
+            limits = Limits(**limit | {"cache_bytes": free_bytes(device), "batch": c.batch})
+            contexts, forwarded, peak, passes = pool.run(limits, prompts)
+            return contexts, forwarded
+
+        rungs[f"    ... in {processes} processes"] = (c.n, in_processes)
     release.generate([tokenizer.start(prompts[0])])  # warm up
     rung(Engine, 1)()
     release.forwarded = 0
@@ -321,6 +389,8 @@ def main(c: Config) -> None:
             "passes_per_problem": passes / n, "arithmetic": 2 * parameters * forwarded / seconds / arithmetic,
             "memory": passes * size / seconds / memory, "cache_MB": "" if "transformers" in name else round(peak / 1e6, 1),
         })  # fmt: skip
+    if pool:
+        pool.close()
     reference = all_contexts["(b) transformers, batched"]
     for row, contexts in zip(rows, all_contexts.values(), strict=True):
         if sum(map(len, contexts)) == sum(map(len, reference[: len(contexts)])):
