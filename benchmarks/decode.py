@@ -303,10 +303,21 @@ def profile(run: Callable) -> None:
     print(f"{1 - sum(times.values()) / seconds:>7.1%}  outside of torch's operators: Python")
 
 
+def choose(c: Config, task, decoder: Decoder, rng: random.Random, problems: list) -> list:
+    """As many problems that the adapter answers, right or wrong."""
+    chosen = []
+    for _ in range(8):
+        solved = tqdm(decoder.solve([task.prompt(p, "retuning") for p in problems]), total=c.n, disable=None, leave=False)
+        chosen += [problems[i] for i in sorted(r.index for r in solved if r.ending == "answer")]
+        if len(chosen) >= c.n:
+            return chosen[: c.n]
+        problems = [task.sample(rng, c.length) for _ in range(c.n)]
+    raise llama.UserError(f"the adapter answers only {len(chosen)} of {8 * c.n} problems; choose a smaller --length")
+
+
 def main(c: Config) -> None:
     task, rng = TASKS[c.task], random.Random(f"benchmark-{c.task}-{c.length}")
-    problems = [task.sample(rng, c.length) for _ in range(c.n + c.n // 4)]
-    prompts = [task.prompt(p, "retuning") for p in problems]
+    problems = [task.sample(rng, c.length) for _ in range(c.n)]
     device = llama.pick_device(c.device)
     dtype = llama.pick_dtype(c.dtype, device)
     if c.shape == "shipped":
@@ -319,14 +330,8 @@ def main(c: Config) -> None:
     limit = bounds(task, problems, "retuning", tokenizer)
     if oracle is None:
         decoder = Decoder(Engine(model), tokenizer, Limits(**limit, cache_bytes=free_bytes(device), batch=c.batch))
-        solved = tqdm(decoder.solve(prompts), total=len(prompts), disable=None, leave=False, desc="choosing problems")
-        answered = sorted(r.index for r in solved if r.ending == "answer")
-        prompts = [prompts[i] for i in answered]
-        if len(prompts) < c.n:
-            raise llama.UserError(
-                f"the adapter answers only {len(prompts)} of {len(problems)} problems; choose a smaller --length"
-            )
-    prompts = prompts[: c.n]
+        problems = choose(c, task, decoder, rng, problems)
+    prompts = [task.prompt(p, "retuning") for p in problems]
     release, batched = (way(theirs, tokenizer, limit["max_segment_tokens"], oracle) for way in (Release, Batched))
     passes = 0
 
