@@ -270,7 +270,8 @@ class LLaMA(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.config = c
-        self.tok_embeddings = nn.Embedding(c.vocab_size, c.dim)
+        # To be loaded or drawn. nn.Embedding(...) draws it; on the meta device that alone makes torch import its compiler: 1.5 s.
+        self.tok_embeddings = nn.Embedding.from_pretrained(torch.zeros(c.vocab_size, c.dim), freeze=False)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
         self.norm = RMSNorm(c.dim, c.norm_eps)
         self.output = nn.Linear(c.dim, c.vocab_size, bias=False)

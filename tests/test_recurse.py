@@ -371,6 +371,17 @@ def test_live_contexts_that_outgrow_the_memory_are_put_back(rows):
     assert least <= max(1, rows) and max(numbers[numbers.index(least) :]) > least, "rows were not taken away, or did not return"
 
 
+def test_loading_leaves_torchs_compiler_alone():
+    """To import it takes longer than all else that `recurse.py` does before it prints."""
+    code = (
+        "import sys; from pathlib import Path; import torch; from recurse import load_solver;"
+        f"load_solver(Path({str(BASE)!r}) / 'adapters/addition-retuning', None, torch.device('cpu'), torch.float32);"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "False\n", done.stdout + done.stderr
+
+
 def test_sampling_is_seeded():
     tokenizer = llama.Tokenizer(BASE / "tokenizer.model")
 
