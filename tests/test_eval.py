@@ -184,7 +184,10 @@ def test_interrupted_processes_stop_in_one_line_and_go_on(tmp_path):
     """By `kill -INT` to the first process, which stops the others."""
     flags = "--task addition --method retuning --lengths 2 16 --n 30 --processes 2 --dtype float32".split()
     command = [sys.executable, ROOT / "eval.py", *flags, "--out", tmp_path, "--runs", tmp_path / "none"]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    started = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored in what a shell runs in the background
+    )  # fmt: skip
     while started.poll() is None and not any(p.stat().st_size for p in tmp_path.glob("*.partial.jsonl")):
         time.sleep(0.05)
     os.kill(started.pid, signal.SIGINT)
