@@ -250,15 +250,18 @@ class Processes:
 
     def __init__(self, count: int, adapter: Path, dtype: torch.dtype, prompt: str):
         self.count = count
-        self.pool = torch.multiprocessing.get_context("spawn").Pool(count, self.start, (adapter, dtype, prompt))
-        self.pool.map(len, [""] * count)  # all have loaded
+        context = torch.multiprocessing.get_context("spawn")
+        ready = context.Barrier(count + 1)
+        self.pool = context.Pool(count, self.start, (adapter, dtype, prompt, ready))
+        ready.wait()
 
     @staticmethod
-    def start(adapter: Path, dtype: torch.dtype, prompt: str) -> None:
+    def start(adapter: Path, dtype: torch.dtype, prompt: str, ready) -> None:
         global loaded
         torch.set_num_threads(1)
         loaded = load_solver(adapter, None, torch.device("cpu"), dtype)
         Processes.solve(Limits(), [prompt])  # warm up
+        ready.wait()
 
     @staticmethod
     def solve(limits: Limits, prompts: list[str]) -> tuple[Contexts, int, int, int]:
