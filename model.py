@@ -165,12 +165,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     mask        [B, 1, T, S], added to the scores: 0 where a query may look, else -inf; None: causal, with S = T.
 
-    On a CPU plain matrix products beat the fused kernel at our lengths, in training (its backward pass above all) as in decoding.
-    The heads that share a key/value head are stacked along T, so that no key is copied.
+    In training on a CPU plain matrix products beat the fused kernel at our lengths, above all in the backward pass. There the
+    heads that share a key/value head are stacked along T, so that no key is copied.
     """
     B, H, T, hd = q.shape
     K, S = k.shape[1:3]
-    if q.is_cuda:
+    if q.is_cuda or (q.is_cpu and not torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
     if mask is None:
         mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
