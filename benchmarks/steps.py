@@ -60,7 +60,7 @@ class StaticCache(KVCache):
     def longest(self, n_new, rows) -> int:
         return 0
 
-    def open(self, n_tokens: int, rows: None, real: None) -> tuple[Tensor, list[LayerCache]]:
+    def open(self, n_tokens: int, total: int, rows: None, real: None) -> tuple[Tensor, list[LayerCache]]:
         slots = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
         hidden = (torch.arange(self.capacity, device=slots.device) > slots[:, :, None])[:, None]
         mask = torch.zeros(hidden.shape, device=slots.device, dtype=self.keys.dtype).masked_fill(hidden, float("-inf"))

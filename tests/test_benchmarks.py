@@ -1,0 +1,23 @@
+"""The benchmarks run, and what they compare is the same work: every way writes the same tokens. No time is looked at."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = {
+    "steps": (["steps.py", "--shape", "small", "--rows", "3", "--steps", "8", "--repeats", "1", "--ways", "eager", "static"], 2),
+    "decode": (["decode.py", "--shape", "small", "--length", "2", "--n", "2", "--slow", "1"], 10),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_same_tokens_in_all_ways(name):
+    (script, *flags), n_ways = COMMANDS[name]
+    done = subprocess.run([sys.executable, ROOT / "benchmarks" / script, *flags], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("same tokens") :].splitlines()[1:]
+    verdicts = [line.split()[-1] for line in table if line.split()[-1] in ("yes", "NO")]
+    assert verdicts and set(verdicts) == {"yes"}, done.stdout
+    assert len(verdicts) in (n_ways - 1, n_ways), done.stdout  # with one thread there is no way by several processes
