@@ -7,8 +7,14 @@ import pytest
 from conftest import ROOT
 
 COMMANDS = {
-    "steps": (["steps.py", "--shape", "small", "--rows", "3", "--steps", "8", "--repeats", "1", "--ways", "eager", "static"], 2),
-    "decode": (["decode.py", "--shape", "small", "--length", "2", "--n", "2", "--slow", "1"], 10),
+    "steps": (
+        ["steps.py", "--shape", "small", "--rows", "3", "--steps", "8", "--repeats", "1", "--ways", "eager", "static"],
+        {2},
+    ),
+    "decode": (
+        ["decode.py", "--shape", "small", "--length", "2", "--n", "2", "--slow", "1"],
+        {9, 10},
+    ),  # 9 with one thread: no way by several processes
 }
 
 
@@ -20,4 +26,4 @@ def test_same_tokens_in_all_ways(name):
     table = done.stdout[done.stdout.index("same tokens") :].splitlines()[1:]
     verdicts = [line.split()[-1] for line in table if line.split()[-1] in ("yes", "NO")]
     assert verdicts and set(verdicts) == {"yes"}, done.stdout
-    assert len(verdicts) in (n_ways - 1, n_ways), done.stdout  # with one thread there is no way by several processes
+    assert len(verdicts) in n_ways, done.stdout
