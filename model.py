@@ -7,6 +7,7 @@ writes the former. Inside, names are Meta's (wq, wk, wv, wo, w1, w2, w3) and rot
 Shapes in comments: B rows, T new tokens, S cached positions, D model width, H query heads, K key/value heads, hd head width.
 """
 
+import itertools
 import json
 import math
 import os
@@ -124,7 +125,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).type_as(x)
+        y = self.weight * F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).type_as(x)
+        # Under autocast each of the linear layers that follow would make a copy of its own.
+        return y.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else y
 
 
 def rotary_frequencies(c: ModelConfig, device: torch.device) -> Tensor:
@@ -165,12 +168,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     mask        [B, 1, T, S], added to the scores: 0 where a query may look, else -inf; None: causal, with S = T.
 
-    In training on a CPU plain matrix products beat the fused kernel at our lengths, above all in the backward pass. There the
+    In training on a CPU plain matrix products beat the fused kernel up to some length, above all in the backward pass. There the
     heads that share a key/value head are stacked along T, so that no key is copied.
     """
     B, H, T, hd = q.shape
     K, S = k.shape[1:3]
-    if q.is_cuda or (q.is_cpu and not torch.is_grad_enabled()):
+    if q.is_cuda or (q.is_cpu and (not torch.is_grad_enabled() or T > 512)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
     if mask is None:
         mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
@@ -207,27 +210,48 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Packed:
-    """Contexts one after another without padding: attention stays within each, q [N, H, hd], k and v [N, K, hd] -> [N, H, hd]."""
+    """Contexts one after another: attention stays within each, q [N, H, hd], k and v [N, K, hd] -> [N, H, hd].
+
+    lengths  of the contexts. What is beyond their sum is padding, and gets zeros. Neighbours of one length share a product.
+    """
 
     def __init__(self, lengths: list[int], device: torch.device):
-        self.lengths = lengths  # of the contexts, N in all
-        self.mask: Tensor | None = None
         if device.type == "cuda":  # one padded call: many small kernels would cost more than the padding
             columns = torch.arange(max(lengths), device=device)
             self.real = (columns < torch.tensor(lengths, device=device)[:, None]).nonzero(as_tuple=True)
+        self.lengths, self.used = lengths, sum(lengths)
+        self.groups = [(length, len(list(same))) for length, same in itertools.groupby(lengths)]
+        self.mask: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        padding = q.new_zeros(len(q) - self.used, *q.shape[1:])
+        q, k, v = (x[: self.used] for x in (q, k, v))
         if q.is_cuda:
             shape = len(self.lengths), max(self.lengths)
-            return attend_rows(*(pad(x, self.real, shape) for x in (q, k, v)))[self.real]
+            return torch.cat((attend_rows(*(pad(x, self.real, shape) for x in (q, k, v)))[self.real], padding))
         if self.mask is None or self.mask.dtype != q.dtype:  # of the longest, whose upper left corners serve the others
             self.mask = q.new_full((max(self.lengths),) * 2, float("-inf")).triu(1)
-        out = []
-        for qi, ki, vi in zip(*(x.split(self.lengths) for x in (q, k, v)), strict=True):
-            qi, ki, vi = (x.transpose(0, 1)[None] for x in (qi, ki, vi))
-            n = qi.shape[2]
-            out.append(attention(qi, ki, vi, self.mask[:n, :n])[0].transpose(0, 1))
-        return torch.cat(out)
+        out, sizes = [], [length * count for length, count in self.groups]
+        for (n, count), *qkv in zip(self.groups, *(x.split(sizes) for x in (q, k, v)), strict=True):
+            qi, ki, vi = (x.unflatten(0, (count, n)).transpose(1, 2) for x in qkv)
+            out.append(attention(qi, ki, vi, self.mask[:n, :n]).transpose(1, 2).flatten(0, 1))
+        return torch.cat((*out, padding))
+
+
+def round_up(n: int, unit: int) -> int:
+    """To a multiple of the unit, or of an eighth of the power of two at or above n: few numbers are left, and little is added.
+
+    The shapes of products in bf16 should be few on a CPU: for each new one a kernel is compiled, which takes longer than ten
+    products (oneDNN).
+    """
+    unit = max(unit, 2 ** (n - 1).bit_length() // 8)
+    return -(-n // unit) * unit
+
+
+def fill_up(index: Tensor, unit: int) -> tuple[Tensor, ...]:
+    """Places [n, dimensions], the last one repeated until their number is a rounded one (unit 1: as they are), for indexing."""
+    more = round_up(len(index), unit) - len(index) if unit > 1 and len(index) else 0
+    return torch.cat((index, index[-1:].expand(more, -1))).unbind(1)
 
 
 def pad(x: Tensor, real: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -258,8 +282,8 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(c.dim, c.norm_eps)
         self.feed_forward = FeedForward(c)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend", select: Tensor | None = None) -> Tensor:
-        """`select`, as x without its last dimension: the places that are wanted, all others are left out of what is returned."""
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: "Attend", select: tuple[Tensor, ...] | None = None) -> Tensor:
+        """`select` indexes x: the places that are wanted, all others are left out of what is returned."""
         x = x + self.attention(self.attention_norm(x), cos, sin, attend)
         if select is not None:  # each place by itself from here on
             x = x[select]
@@ -307,12 +331,15 @@ class LLaMA(nn.Module):
         rows        [B] the rows of the cache that these tokens belong to (default: all, in order).
         n_new       [B] how many of the T tokens are real in each row (default: all T). Only these count as cached.
         select      as tokens, bool: where logits are wanted. The last feed-forward and the output layer see no other place.
-        lengths     of the contexts packed into tokens [N], N in all. They see nothing of each other. Without a cache only.
+        lengths     of the contexts packed into tokens [N]; what is beyond is padding. They see nothing of each other. Without a
+                    cache only.
 
         Returns [*tokens.shape, vocab_size], or [select.sum(), vocab_size]. Raises ValueError where a context would outgrow
         `max_seq_len`.
         """
         T = tokens.shape[-1]
+        bf16 = torch.is_autocast_enabled(tokens.device.type) or self.tok_embeddings.weight.dtype == torch.bfloat16
+        unit = 16 if bf16 and tokens.device.type == "cpu" else 1
         real = None  # rows and columns of the real ones among the B x T tokens, where only these go through the model
         longest = cache.longest(T if n_new is None else n_new, rows) if cache else max(lengths or [T])
         if longest > self.config.max_seq_len:
@@ -320,10 +347,12 @@ class LLaMA(nn.Module):
         if cache is None:
             attends: list[Attend] = [Packed(lengths, tokens.device) if lengths else attend_rows] * len(self.layers)
             if positions is None:
-                positions = torch.cat([torch.arange(n, device=tokens.device) for n in lengths or [T]]).expand(tokens.shape)
+                counted = [*lengths, T - sum(lengths)] if lengths else [T]
+                positions = torch.cat([torch.arange(n, device=tokens.device) for n in counted]).expand(tokens.shape)
         else:
             if n_new is not None:
-                real = (torch.arange(T, device=tokens.device) < n_new[:, None]).nonzero(as_tuple=True)
+                there = (torch.arange(T, device=tokens.device) < n_new[:, None]).nonzero()
+                real = fill_up(there, unit)  # what is repeated goes to the same slot again
             slots, attends = cache.open(T, longest, rows, real)
             if positions is None:
                 positions = slots
@@ -331,6 +360,11 @@ class LLaMA(nn.Module):
             tokens, positions = (x.flatten() if real is None else x[real] for x in (tokens, positions))
             if select is not None:
                 select = select.flatten() if real is None else select[real]
+                if real is not None:
+                    select[len(there) :] = False
+        if select is not None:
+            select = select.nonzero()
+            n_selected, select = len(select), fill_up(select, unit)
         cos, sin = rotary_angles(positions, self.config)
         x = self.tok_embeddings(tokens)  # [B, T, D], or [N, D] if packed or with a cache
         for layer, attend in zip(self.layers, attends, strict=True):
@@ -344,7 +378,8 @@ class LLaMA(nn.Module):
             cache.close(T if n_new is None else n_new, rows)
             if select is None:
                 x = attends[0].pad(x)
-        return self.output(self.norm(x))
+        logits = self.output(self.norm(x))
+        return logits if select is None else logits[:n_selected]
 
 
 class KVCache:

@@ -291,20 +291,30 @@ def fair_shares(examples: list[Example], n: int) -> list[list[Example]]:
 
 @dataclass
 class Batch:
-    """Examples packed one after another, N tokens in all: no padding."""
+    """Examples packed one after another, N tokens in all with a little padding."""
 
     tokens: Tensor  # [N]
     labels: Tensor  # [N]
     positions: Tensor  # [N]
-    lengths: list[int]  # of the examples
+    lengths: list[int]  # of the examples, padded; what is left of N is padding too
 
 
-def pack(examples: list[Example], device: torch.device) -> Batch:
+def pack(examples: list[Example], model: LLaMA) -> Batch:
+    """Lengths and their sum are rounded up, so that shapes are few; examples of one length are attended to in one product."""
+    device, longest = model.device, model.config.max_seq_len
+    lengths = [min(longest, llama.round_up(len(e.tokens), 32)) for e in examples]
+    tokens, labels, positions = [], [], []
+    for e, n in zip(examples, lengths, strict=True):
+        more = n - len(e.tokens)
+        tokens += e.tokens + [0] * more
+        labels += e.labels + [IGNORE] * more
+        positions += e.positions + [0.0] * more
+    more = -len(tokens) % 512
     return Batch(
-        torch.tensor([t for e in examples for t in e.tokens], device=device),
-        torch.tensor([t for e in examples for t in e.labels], device=device),
-        torch.tensor([p for e in examples for p in e.positions], device=device),
-        [len(e.tokens) for e in examples],
+        torch.tensor(tokens + [0] * more, device=device),
+        torch.tensor(labels + [IGNORE] * more, device=device),
+        torch.tensor(positions + [0.0] * more, device=device),
+        lengths,
     )
 
 
@@ -332,7 +342,7 @@ def evaluate(model: LLaMA, examples: list[Example], dtype: torch.dtype, max_toke
     total = 0.0
     for group in micro_batches(examples, max_tokens):
         with autocast(model, dtype):
-            total += loss_sum(model, pack(group, model.device)).item()
+            total += loss_sum(model, pack(group, model)).item()
     return total / n_targets(examples)
 
 
@@ -622,7 +632,7 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
             gather = parallel.no_sync() if parallel is not model and i + 1 < len(groups) else contextlib.nullcontext()
             with gather:
                 with autocast(model, dtype):
-                    loss = loss_sum(parallel, pack(group, device), c.gradient_checkpointing) * counts
+                    loss = loss_sum(parallel, pack(group, model), c.gradient_checkpointing) * counts
                 clock.lap("forward")
                 (loss * (size / targets)).backward()  # in the end the mean over the targets of the whole step
                 total += loss.detach()

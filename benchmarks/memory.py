@@ -51,7 +51,7 @@ def kept_bytes(model, examples: list[train.Example]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = train.loss_sum(model, train.pack(examples, model.device))
+        loss = train.loss_sum(model, train.pack(examples, model))
     del loss
     return sum(storages.values())
 

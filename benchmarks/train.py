@@ -176,7 +176,7 @@ def run(c: Config) -> dict:
         for group in groups:
             with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
                 if c.way == "ours":
-                    loss = train.loss_sum(model, train.pack(group, device), c.gradient_checkpointing)
+                    loss = train.loss_sum(model, train.pack(group, model), c.gradient_checkpointing)
                 else:
                     loss = their_loss(group)
             (loss / targets).backward()

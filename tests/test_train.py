@@ -73,7 +73,7 @@ def gradients(model, batch, max_tokens, checkpointing=False):
     model.train()
     total = 0.0
     for group in train.micro_batches(batch, max_tokens):
-        loss = train.loss_sum(model, train.pack(group, torch.device("cpu")), checkpointing) / train.n_targets(batch)
+        loss = train.loss_sum(model, train.pack(group, model), checkpointing) / train.n_targets(batch)
         loss.backward()
         total += loss.item()
     found = {n: p.grad.clone() for n, p in train.trainable(model).items()}
@@ -117,12 +117,16 @@ def test_a_packed_context_does_not_see_its_neighbours(tokenizer):
     contexts = examples(tokenizer, 5)
     other = [*contexts]
     other[2] = train.Example([t % 400 + 50 for t in contexts[2].tokens], contexts[2].labels, contexts[2].positions)
-    before, after = (
-        model(b.tokens, positions=b.positions, lengths=b.lengths).split(b.lengths)
-        for b in (train.pack(group, torch.device("cpu")) for group in (contexts, other))
-    )
+    batches = [train.pack(group, model) for group in (contexts, other)]
+    sizes = [*batches[0].lengths, len(batches[0].tokens) - sum(batches[0].lengths)]
+    assert sizes[-1] > 0, "there is padding behind them"
+    before, after = (model(b.tokens, positions=b.positions, lengths=b.lengths).split(sizes) for b in batches)
     for i, (x, y) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(x, y) == (i != 2), f"context {i}"
+    alone = model(
+        torch.tensor(contexts[0].tokens), positions=torch.tensor(contexts[0].positions), lengths=[len(contexts[0].tokens)]
+    )
+    assert (before[0][: len(alone)] - alone).abs().max() < 1e-4, "nor its padding"
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -146,7 +150,7 @@ def test_gradients_and_five_steps_equal_pefts(tokenizer, small_base, tmp_path, r
     mask = torch.tensor([[1] * (length - n) + [0] * n for n in pads])
 
     def our_loss():
-        return train.loss_sum(model, train.pack(batch, torch.device("cpu"))) / train.n_targets(batch)
+        return train.loss_sum(model, train.pack(batch, model)) / train.n_targets(batch)
 
     def their_loss():
         logits = theirs(input_ids=tokens, attention_mask=mask).logits
