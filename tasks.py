@@ -9,6 +9,7 @@ problem is put to a model, and `judge` compares what came back with the oracle. 
 import hashlib
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from model import UserError
@@ -472,15 +473,29 @@ class DP:
         return [p, *(DP.callees(p) if method == "retuning" else ())]
 
     @staticmethod
+    def draw(rng: random.Random, n: int) -> tuple[int, ...]:
+        """A list to train on: half are uniform; the others begin with an item above 0 that a best sum leaves, or with one that
+        may as well be taken as left, or have none below 2, for sums of two digits. In short uniform lists all three are rare.
+        """
+        kind = rng.choice(("any", "any", "any", "left", "tie", "large"))
+        while True:
+            items = tuple(rng.choices(range(2, 6) if kind == "large" else DP.VALUES, k=n))
+            dp = [*DP.sums(items), 0, 0]
+            take, leave = items[0] + dp[2], dp[1]
+            if n == 1 or kind in ("any", "large") or (take == leave if kind == "tie" else 0 < items[0] and take < leave):
+                return items
+
+    @staticmethod
     def training_context(rng: random.Random, method: str) -> Context:
         """Every method sees lists of the same lengths; for retuning, levels of each kind, of each length about equally often.
 
-        Whole problems, which leave nothing to be decided, are half as many as the others.
+        Whole problems, which leave nothing to be decided, are a third as many as the others; so are marks whose first item
+        cannot be used, against those where it can.
         """
-        kind = rng.choice(("whole", "sums", "sums", "marks", "marks")) if method == "retuning" else "whole"
+        kind = rng.choices(("whole", "sums", "marks"), (1, 3, 3))[0] if method == "retuning" else "whole"
         n = rng.randint(DP.train_lengths[0] if kind == "whole" else 1, DP.train_lengths[-1])
         while True:
-            p = DP.Problem(tuple(rng.choices(DP.VALUES, k=n)), kind, can_use=kind != "marks" or rng.random() < 0.5)
+            p = DP.Problem(DP.draw(rng, n), kind, can_use=kind != "marks" or rng.random() < 0.75)
             if not any(map(DP.held_out, DP.solved(p, method))):
                 return DP.context(p, method)
 
@@ -502,13 +517,11 @@ class DP:
 class Primer:
     """What the shipped base is trained on, in place of a web corpus: handling of text, and small arithmetic.
 
-    A context gives one or two *records* (one or two sequences in some notation, joined by a delimiter or named), then asks for
-    operations by keyword. The only sums are of two digits and a carry, and of an integer and one from -9 to 9. Every reply
-    follows from what is given: words straight before a sequence belong to its record, a colon ends those that do not.
-
-    In a second part, `more`, there are longer lists, records that end in True or False, values of short expressions of items of
-    named lists, and quotations of any text: a token that a base has never been asked to write can hardly be taught to an adapter,
-    as that leaves the output layer as it is.
+    Most contexts give one or two *records* (one or two sequences in some notation, joined by a delimiter or named), then ask
+    for operations by keyword. Others ask for small arithmetic, values of short expressions of items of named lists, what the
+    last of several flags says, or quotations of any text: what a base has never been asked to write is slow to learn for an
+    adapter. The only sums are of two digits and a carry, and of an integer and one from -9 to 9. Every reply follows from what
+    is given: words straight before a sequence belong to its record, a colon ends those that do not.
     """
 
     name = "primer"
@@ -526,51 +539,47 @@ class Primer:
         "field": 1, "swap": 1, "reverse": 1, "zip": 1, "grow": 1, "headsum": 2, "lastsum": 1, "topsum": 4,
     }  # fmt: skip
 
+    # How often contexts are sums, arithmetic, lists, flags, quotations, records; by the stage, or by the focus.
+    STAGES = ((10, 6, 24, 6, 7, 47), (8, 28, 26, 6, 7, 25), (6, 18, 34, 6, 6, 30))
+    PARTS = {"digits": (1, 0, 0, 0, 0, 7), "bits": (0, 0, 0, 0, 0, 1), "integers": (0, 2, 5, 1, 0, 12)}
     # With a focus: the operations that are left, and the kinds of lists.
     COPIES = ("copy", "rest", "chop", "prepend", "append", "cons", "heads", "lasts", "field")
     FOCUSED = {"bits": ("bits",), "integers": ("integers", "integers", "marks")}
 
-    # Expressions as Python writes them, of items of named lists; s is from -9 to 9.
+    # Expressions as Python writes them, of items of named lists or of numbers; s is from -9 to 9. The last is how often.
     EXPRESSIONS = (
-        ("{x}", lambda x, y, s: x),
-        ("{y} + {s}", lambda x, y, s: y + s),
-        ("{s} + {y}", lambda x, y, s: s + y),
-        ("max({x}, {y})", lambda x, y, s: max(x, y)),
-        ("max({x}, {s} + {y})", lambda x, y, s: max(x, s + y)),
-        ("max({x}, {s} + {y}, 0)", lambda x, y, s: max(x, s + y, 0)),
-        ("max({s}, 0)", lambda x, y, s: max(s, 0)),
-        ("{x} == {s} + {y}", lambda x, y, s: x == s + y),
-        ("{x} == {y}", lambda x, y, s: x == y),
+        ("{x}", lambda x, y, s: x, 1),
+        ("{y} + {s}", lambda x, y, s: y + s, 1),
+        ("{s} + {y}", lambda x, y, s: s + y, 2),
+        ("max({x}, {y})", lambda x, y, s: max(x, y), 2),
+        ("max({x}, {s} + {y})", lambda x, y, s: max(x, s + y), 5),
+        ("max({x}, {s} + {y}, 0)", lambda x, y, s: max(x, s + y, 0), 1),
+        ("max({s}, 0)", lambda x, y, s: max(s, 0), 1),
+        ("{x} == {y}", lambda x, y, s: x == y, 1),
+        ("{x} == {s} + {y}", lambda x, y, s: x == s + y, 5),
     )
     LISTS = ("array", "item", "sum", "index", "return", "input", "value", "data", "x", "y")
     # For quotations; the tasks' own words are among them, and in no order.
     QUOTED = (
         *WORDS, *LISTS, *(
-            "Append If Since We all and at by call chosen_indices dp element else first from get if is it max maximum min "
-            "minus negative new next no nonadjacent not of on one only or otherwise our Reconstructing return should so "
-            "solve store subsequences subproblem take than that then there time to together true update us use_next_item "
-            "was we when which why you"
+            "Append Append If Since We [0]) [1]) all and at by call chosen_indices dp element else first from get if "
+            "indices is it max max maximum min minus negative new next no nonadjacent not of on one only or otherwise "
+            "our Reconstructing return should so solve store subsequences subproblem take than that then there time to "
+            "together true update us use_next_item was we when which why you"
         ).split(),
     )  # fmt: skip
 
-    def __init__(self, max_items: int = 128, more: bool = True, focus: str = ""):
+    def __init__(self, max_items: int = 128, focus: str = "", stage: int = 2):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
-        self.more = more
-        self.focus = focus  # "bits" or "integers": nothing but lists of these, copied in whole or in part, and small arithmetic
+        self.stage = stage  # from 1 on there is more arithmetic, whose tokens are few beside those of copies; in 2 more lists
+        self.parts = self.PARTS[focus] if focus else self.STAGES[stage]
+        # "digits": records of all kinds, and sums of digits; "bits" or "integers": nothing but lists of these, copied in whole or
+        # in part, with small arithmetic for the latter.
+        self.focus = focus if focus in self.FOCUSED else ""
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
-        if self.focus == "integers" and (part := rng.random()) < 0.4:
-            return self._arithmetic(rng) if part < 0.12 else self._lists(rng)
-        if self.focus:
-            return self._records(rng)
-        if self.more and (part := rng.random()) < 0.3:
-            return self._quotation(rng) if part < 0.12 else self._lists(rng)
-        r = rng.random()
-        if r < 0.12:
-            return self._sums(rng)
-        if r < 0.18:
-            return self._arithmetic(rng)
-        return self._records(rng)
+        kinds = (self._sums, self._arithmetic, self._lists, self._flags, self._quotation, self._records)
+        return rng.choices(kinds, self.parts)[0](rng)
 
     def _records(self, rng: random.Random) -> Context:
         """A record and operations on it; other records may come in between."""
@@ -633,10 +642,12 @@ class Primer:
 
     def _length(self, rng: random.Random, cost: int = 1) -> int:
         longest = max(2, self.max_items // cost)
-        return rng.randint(1, longest) if rng.random() < 0.35 else int((longest + 1) ** rng.random())
+        return rng.randint(1, longest) if rng.random() < 0.25 else int((longest + 1) ** rng.random())
 
     def _items(self, rng: random.Random, alphabet: list[str], n: int) -> list[str]:
         """n items; a third of the time of low entropy, since runs and repeats are where copying by content fails."""
+        if self.stage > 1 and alphabet[0].startswith("-") and rng.random() < 0.3:
+            return [str(i) for i in self._falling(rng, n)]
         r = rng.random()
         if r < 0.66:
             return rng.choices(alphabet, k=n)
@@ -655,17 +666,27 @@ class Primer:
             out[rng.randrange(n)] = rng.choice(alphabet)
         return out
 
+    @staticmethod
+    def _falling(rng: random.Random, n: int) -> list[int]:
+        """n integers, none larger than the one before, many the same."""
+        step = rng.choice((2, 5, 9))
+        items = [rng.randint(-9, 9)]
+        while len(items) < n:
+            items.append(items[-1] + max(0, rng.randint(-step, step)))
+        return items[::-1]
+
     def _record(self, rng: random.Random, short: bool, like: "Primer.Record | None" = None) -> "Primer.Record":
         r = rng.random()
+        digits, letters, others = (0.6, 0.7, 0.8) if self.stage < 2 or self.parts == self.PARTS["digits"] else (0.45, 0.5, 0.58)
         if like is not None and r < 0.7:
             alphabet, notation = like.alphabet, like.notation
         elif self.focus:
             alphabet, notation = rng.choice(self.FOCUSED[self.focus]), self.NOTATIONS[5]
-        elif r < 0.6:
+        elif r < digits:
             alphabet, notation = "digits", self.NOTATIONS[0]
-        elif r < 0.7:
+        elif r < letters:
             alphabet, notation = "letters", self.NOTATIONS[0]
-        elif r < 0.8:
+        elif r < others:
             alphabet, notation = rng.choice(("digits", "letters")), rng.choice(self.NOTATIONS[1:])
         else:
             alphabet, notation = rng.choice(("bits", "bits", "integers", "marks")), self.NOTATIONS[5]
@@ -679,10 +700,8 @@ class Primer:
         if self.focus and alphabet == "integers" and rng.random() < 0.5:  # few, so that they come again
             symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
-        if self.more and cost == 3:
-            cost = 2 if alphabet == "integers" else 1
-        if self.focus:
-            cost = 1
+        if cost == 3:
+            cost = 2 if alphabet == "integers" and not self.focus else 1
         count = 1 if short else rng.choice((1, 2, 2))
         n = self._length(rng, cost)
         lengths = [n if rng.random() < 0.8 else self._length(rng, cost) for _ in range(count)]
@@ -693,7 +712,7 @@ class Primer:
                 fields = [[rng.choice(symbols)], fields[-1]]
             longest = 4 if len(fields) == 1 else 2
             names = [self._name(rng, longest) for _ in fields]
-        flag = (self._name(rng, 3), rng.choice(("True", "False"))) if self.more and names and rng.random() < 0.5 else ()
+        flag = (self._name(rng, 3), rng.choice(("True", "False"))) if names and rng.random() < 0.5 else ()
         delimiter = rng.choice(self.DELIMITERS) if rng.random() < 0.6 else " + "
         return Primer.Record(fields, names, rng.choice(("", "", "?")), flag, delimiter, notation, alphabet)
 
@@ -777,53 +796,137 @@ class Primer:
         return out
 
     def _arithmetic(self, rng: random.Random) -> Context:
-        """A small integer added to another one; maxima and order of integers."""
+        """A small integer added to another one; maxima and order of integers; expressions of numbers."""
         out: Context = []
         for i in range(rng.randint(1, 12)):
-            kind = rng.choice(("add", "add", "max", "less"))
+            kind = rng.choice(("add", "max", "less", "expression", "expression"))
             a, b = rng.randint(-9, 9), rng.randint(-9, rng.choice((9, 30, 100)))
-            if kind != "add" and rng.random() < 0.5:
-                a = b + rng.randint(-3, 3)  # hard to tell apart
-            if rng.random() < 0.5:
-                a, b = b, a
-            reply = str({"add": a + b, "max": max(a, b), "less": a < b}[kind])
-            out += [given(("\n" if i else "") + f"{kind} {a} {b}: "), written(reply)]
+            if kind == "expression":
+                template, value = self._expression(rng)
+                x = self._near(rng, template, value, b, a)
+                ask, reply = template.format(x=x, y=b, s=a) + rng.choice((" = ", ": ")), value(x, b, a)
+            else:
+                if kind != "add" and rng.random() < 0.5:
+                    a = b + rng.randint(-3, 3)  # hard to tell apart
+                if rng.random() < 0.5:
+                    a, b = b, a
+                ask, reply = f"{kind} {a} {b}: ", {"add": a + b, "max": max(a, b), "less": a < b}[kind]
+            out += [given(("\n" if i else "") + ask), written(str(reply))]
         return out
 
+    def _expression(self, rng: random.Random) -> tuple[str, Callable]:
+        return rng.choices([e[:2] for e in self.EXPRESSIONS], [e[2] for e in self.EXPRESSIONS])[0]
+
+    @staticmethod
+    def _near(rng: random.Random, template: str, value: Callable, y: int, s: int) -> int:
+        """x for an expression: mostly not far from what it is compared with; equal half of the time if that is asked."""
+        other = s + y if "{s}" in template else y
+        r = rng.random()
+        if "==" in template:
+            return other if r < 0.5 else other + rng.choice((-3, -2, -1, 1, 2, 3)) if r < 0.9 else rng.randint(-9, 100)
+        return other + rng.randint(-6, 6) if r < 0.7 else rng.randint(-9, rng.choice((9, 30, 100)))
+
     def _lists(self, rng: random.Random) -> Context:
-        """Values of expressions of items of named lists, which need not all be given at once."""
-        names = rng.sample(self.LISTS, rng.choice((1, 2, 2, 3)))
-        n = self._length(rng, 3)
-        lists = {name: [] for name in names}
-        for i, name in enumerate(names):  # one at least is of small integers
-            small, length = i == 0 or rng.random() < 0.3, n if rng.random() < 0.7 else self._length(rng, 3)
-            lists[name] = [rng.randint(-9, 9) if small else rng.randint(-9, rng.choice((9, 30, 100))) for _ in range(length)]
-        rng.shuffle(names)
-        shown = rng.randint(1, len(names))  # lists given so far
-        asked, used = [], set()
-        count = rng.randint(1, 6)
-        while len(asked) < count:
-            places = [(name, i) for name in names[:shown] for i in range(min(4, len(lists[name])))]
-            small = [p for p in places if abs(lists[p[0]][p[1]]) <= 9]
-            if not small and shown == len(names):  # all have been made large, in what follows
-                break
-            if small:
-                x, y = rng.choices(places, [(4, 3, 3, 1)[i] for _, i in places], k=2)
-                s = rng.choice(small)
-                template, value = rng.choice(self.EXPRESSIONS)
-                if "==" in template and x not in used | {y, s} and rng.random() < 0.5:  # random items are seldom equal
-                    lists[x[0]][x[1]] = lists[y[0]][y[1]] + (lists[s[0]][s[1]] if "{s}" in template else 0)
-                used.add(s)
-                asked.append((template, value, (x, y, s), shown))
-            shown = min(shown + rng.randint(0 if asked else 1, 1), len(names))
+        """Named lists, and what is asked of their first items: values of expressions, alone, before a list, or after lists."""
         out: Context = []
-        given_lists = 0
-        for template, value, places, shown in asked:
-            text = ("\n" if out else "") + "".join(f"{name} {lists[name]}\n" for name in names[given_lists:shown])
-            given_lists = shown
-            ask = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", places, strict=True)})
-            reply = str(value(*(lists[name][i] for name, i in places)))
-            out += [given(f"{text}{ask}{rng.choice((' = ', ': '))}"), written(reply)]
+        room = rng.randint(60, 60 + 2 * self.max_items)  # characters, roughly
+        taken: set[str] = set()  # names are not used again: each says which list is meant
+        while room > 0 and len(taken) < 8:
+            names = rng.sample([n for n in self.LISTS if n not in taken], rng.choice((2, 2, 3)))
+            taken |= set(names)
+            n = int((max(4, self.max_items // 3) + 1) ** rng.random())
+            if self.stage > 1 and rng.random() < 0.5:
+                n = rng.randint(2, 5)
+            sizes = [max(1, n + rng.choice((0, 0, -1, 1))) for _ in names]
+            high = rng.choice((9, 30, 100))
+            lists = {name: [rng.randint(-9, high) for _ in range(size)] for name, size in zip(names, sizes, strict=True)}
+            if self.stage > 1 and rng.random() < 0.4:
+                lists[names[1]] = self._falling(rng, sizes[1])
+            few = rng.randint(1, 9) if rng.random() < 0.7 else 9
+            lists[names[0]] = [rng.randint(-few, few) for _ in range(sizes[0])]  # small integers
+            values: dict[str, str] = {}  # of expressions
+            used: set[tuple[str, int]] = set()
+            for _ in range(1 if self.stage < 2 else rng.randint(2, 5)):
+                template, value = self._expression(rng)
+                x, y, s = (self._place(rng, lists, names[1:] if v != "s" else names[:1]) for v in "xys")
+                if self.stage > 1 and rng.random() < 0.5:  # the first ones, most often in demand
+                    x, y, s = (x[0], 0), (x[0], min(rng.choice((1, 1, 2)), len(lists[x[0]]) - 1)), (s[0], 0)
+                if x != y and x not in used:
+                    lists[x[0]][x[1]] = self._near(rng, template, value, lists[y[0]][y[1]], lists[s[0]][s[1]])
+                used |= {x, y, s}
+                expression = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", (x, y, s), strict=True)})
+                values[expression] = str(value(*(lists[name][i] for name, i in (x, y, s))))
+            expression, result = next(iter(values.items()))
+            rng.shuffle(names)
+            shown = {name: rng.choice((name, name.capitalize() + ":", f"{rng.choice(self.WORDS)} {name}")) for name in names}
+            separator = rng.choice(("\n", "\n", ", "))
+            text = separator.join(f"{shown[name]} {lists[name]}" for name in names) + "\n"
+            asks = rng.sample(("value", "before", "rest", "join", "item"), rng.choice((1, 1, 2)))
+            if self.stage > 0:
+                asks = ["value", *asks]
+            if result in ("True", "False"):
+                asks = ["value" if ask == "before" else ask for ask in asks]
+            for ask in (*dict.fromkeys(asks), *list(values)[1:]):
+                word, flag, target = rng.choice(self.WORDS), self._name(rng, 3), rng.choice(names)
+                two = rng.sample(names, 2)
+                if ask in values or ask == "value":
+                    asked = ask if ask in values else expression
+                    prompt, reply = f"{asked}{rng.choice((' = ', ': '))}", values[asked]
+                elif ask == "before":  # the value, then a list
+                    prompt = rng.choice((f"cons {expression} {target}: ", f"Put {expression} before {target}.\n{word}: "))
+                    reply = f"[{', '.join([result, *map(str, lists[target])])}]"
+                elif ask == "item":
+                    name, i = self._place(rng, lists, names)
+                    prompt, reply = f"{name}[{i}]{rng.choice((' = ', ': '))}", str(lists[name][i])
+                else:  # two of the lists, or what is left of them without their first items, and a value
+                    cut = 1 if ask == "rest" and min(len(lists[name]) for name in two) > 1 else 0
+                    end = f", {flag} {expression}" if rng.random() < 0.7 else ""
+                    prompt = f"{'rest' if cut else 'join'} {two[0]}, {two[1]}{end}: "
+                    reply = ", ".join(f"{shown[name].rstrip(':')} {lists[name][cut:]}" for name in two)
+                    reply += f", {flag} {result}" if end else ""
+                out += [given(f"{chr(10) if out else ''}{text}{prompt}"), written(reply)]
+                room -= len(text) + len(prompt) + len(reply)
+                text = ""
+        return out
+
+    @staticmethod
+    def _place(rng: random.Random, lists: dict[str, list[int]], names: list[str]) -> tuple[str, int]:
+        """One of the first four items of one of the lists."""
+        name = rng.choice(names)
+        return name, min(rng.choices(range(4), (4, 4, 3, 1))[0], len(lists[name]) - 1)
+
+    def _flags(self, rng: random.Random) -> Context:
+        """A flag that is set again and again, among lists; what it was first, what it is now, and choices by it."""
+        flag, out = self._name(rng, 3), []
+        symbols = [str(i) for i in rng.choice((range(1, 3), range(2), range(-9, 10)))]
+        first, last, text = None, "", ""
+        for _ in range(rng.randint(1, 4)):
+            for _ in range(rng.choice((1, 1, 1, 2)) if first else rng.choice((1, 2, 2))):
+                last = rng.choice(("True", "False"))
+                first = first or last
+                items = rng.choices(symbols, k=self._length(rng, 4))
+                text += f"{rng.choice(self.WORDS)} [{', '.join(items)}], {flag} {last}\n"
+            latest = ""
+            if rng.random() < 0.5:
+                items = rng.choices(symbols, k=self._length(rng, 4))
+                latest = f"[{', '.join(items)}]"
+                text += f"{rng.choice(self.WORDS)}: {latest}\n"
+            a, b = rng.sample(symbols, 2)
+            word, wanted = rng.choice(self.WORDS), rng.choice(("True", "False"))
+            if self.stage > 1 and rng.random() < 0.7:  # by two at once choices are learned late
+                wanted = "False"
+            choice = a if last == wanted else b
+            kind = rng.choice(("last", "first", "if", "if", "before", "before"))
+            if kind in ("last", "first"):
+                ask, reply = f"{kind} {flag}: ", last if kind == "last" else first
+            else:
+                ask = f"{a} if {flag} {wanted} else {b}" if rng.random() < 0.5 else f"{a} if {wanted} else {b}"
+                ask += rng.choice((": ", f".\n{word}: "))
+                if kind == "before" and latest:
+                    ask, choice = f"Put {ask}", f"[{choice}, {latest[1:]}"
+                reply = choice
+            out += [given(("\n" if out else "") + text + ask), written(reply)]
+            text = ""
         return out
 
     def _quotation(self, rng: random.Random) -> Context:
@@ -853,7 +956,7 @@ def tokenizer_corpus(seed: int = 0) -> list[str]:
     lines = [""]
     for max_items in (4, 8, 16):
         for _ in range(4000):
-            lines += "".join(s.text for s in Primer(max_items, more=False).training_context(rng)).split("\n")
+            lines += "".join(s.text for s in Primer(max_items, stage=0).training_context(rng)).split("\n")
     lines += TEMPLATES * 1500
     # Sentencepiece puts a space before each line, but after a newline a word has none: show it such words too.
     lines += [f"={word}: " for word in ("Solution", "Return", "Answer", "Call", "Carry")] * 2000

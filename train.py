@@ -43,8 +43,8 @@ except ImportError:  # not on Windows: runs are not locked there
 
 IGNORE = -100  # the label where nothing is to be predicted
 
-# The shape of the shipped base: 2.2 million parameters.
-TINY = dict(dim=192, n_layers=5, n_heads=4, n_kv_heads=2, head_dim=48, hidden_dim=512, max_seq_len=4096)
+# The shape of the shipped base: 2.9 million parameters.
+TINY = dict(dim=192, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, max_seq_len=4096)
 
 
 @dataclass
@@ -121,14 +121,14 @@ class TaskDefaults:
     steps: int = 1200
     targets: tuple[str, ...] = lora.LAYERS
     replay: float = 0.1
-    focus: str = ""  # of the replayed contexts: lists of one kind instead of all of the primer
+    focus: str = ""  # of the replayed contexts, see `Primer`
     max_items: int = 128  # in a replayed list
 
 
 # The base has written addition's words in the primer; those of the others can only be taught to its output layer. It has copied
 # digits up to 128, but lists up to 42.
 TASK_DEFAULTS = {
-    "addition": TaskDefaults(steps=1600, targets=lora.BLOCK_LAYERS),
+    "addition": TaskDefaults(steps=1600, targets=lora.BLOCK_LAYERS, focus="digits"),
     "parity": TaskDefaults(steps=400, scratchpad_lr=3e-3, replay=0.3, focus="bits"),
     "dp": TaskDefaults(steps=1000, replay=0.4, focus="integers", max_items=48),
 }
@@ -141,12 +141,12 @@ PRESETS: dict[str, dict] = {
         stretch=1.0, replay=0.0,
     ),
     "base": dict(
-        task="primer", full=True, from_scratch=True, steps=2700, batch_size=32, lr=3e-3, warmup=20, decay=0.5,
+        task="primer", full=True, from_scratch=True, steps=4400, batch_size=48, micro_tokens=8192, lr=3e-3, warmup=20, decay=0.5,
         weight_decay=0.01, replay=0.0,
     ),
     "base2": dict(
-        task="primer", full=True, base=Path("runs/primer"), steps=500, batch_size=32, lr=1.5e-3, warmup=20, decay=0.8,
-        weight_decay=0.01, replay=0.0,
+        task="primer", full=True, base=Path("runs/primer"), steps=2600, batch_size=48, micro_tokens=8192, lr=2e-3, warmup=50,
+        decay=0.8, weight_decay=0.01, replay=0.0,
     ),
 }  # fmt: skip
 
@@ -233,14 +233,15 @@ class Data:
     def __init__(self, c: TrainConfig, tokenizer: Tokenizer, max_seq_len: int):
         self.c, self.tokenizer, self.max_seq_len = c, tokenizer, max_seq_len
         self.is_boundary = boundaries(tokenizer)
-        self.more = c.full and not c.from_scratch  # adapters replay what the shipped base has seen: the primer's first part
         self.replayed = TASK_DEFAULTS.get(c.task, TaskDefaults())
 
     def step(self, step: int) -> list[Example]:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
-        primer = Primer(int(8 * (self.replayed.max_items / 8) ** difficulty), self.more, self.replayed.focus)
+        max_items = int(8 * (self.replayed.max_items / 8) ** difficulty)
+        stage = int(step >= 0.45 * self.c.steps) if self.c.from_scratch else 2
+        primer = Primer(max_items, self.replayed.focus, stage)
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))
@@ -263,7 +264,7 @@ class Data:
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
         rng = random.Random(f"validation-{self.c.seed}")
-        task = Primer(more=self.more) if self.c.task == "primer" else TASKS[self.c.task]
+        task = Primer(stage=1 if self.c.from_scratch else 2) if self.c.task == "primer" else TASKS[self.c.task]
         return [self.draw(task, rng) for _ in range(n)]
 
 
@@ -404,12 +405,14 @@ def trainable(model: LLaMA) -> dict[str, Tensor]:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update of each matrix is made orthogonal (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
 
-    The arithmetic of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), in fp32: bf16, which that one computes in, takes more than
-    twice as long as the rest of a step on a CPU without bf16 instructions. Matrices of the same shape go through in one batch.
+    The arithmetic of torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), in a dtype of choice: bf16, which that one computes in,
+    takes more than twice as long as the rest of a step on a CPU without bf16 instructions. Matrices of one shape go through in
+    one batch.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype  # of the iterations
 
     @staticmethod
     def orthogonalize(x: Tensor) -> Tensor:
@@ -436,7 +439,7 @@ class Muon(torch.optim.Optimizer):
                         state["momentum_buffer"] = torch.zeros_like(p)
                     state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(state["momentum_buffer"], group["momentum"]))  # Nesterov's
-                for p, update in zip(params, self.orthogonalize(torch.stack(updates)), strict=True):
+                for p, update in zip(params, self.orthogonalize(torch.stack(updates).to(self.dtype)), strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(update, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)  # as large as AdamW's
 
@@ -449,7 +452,7 @@ def optimizers(c: TrainConfig, model: LLaMA) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in parameters.items() if p.dim() == 2 and "layers." in name]
     others = [p for name, p in parameters.items() if not (p.dim() == 2 and "layers." in name)]
     return [
-        Muon(matrices, lr=c.lr, weight_decay=c.weight_decay),
+        Muon(matrices, lr=c.lr, weight_decay=c.weight_decay, dtype=getattr(torch, c.dtype)),
         torch.optim.AdamW(others, lr=c.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
@@ -613,7 +616,7 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
         where = f"{device}, {size} processes" if size > 1 else str(device)
         print(f"{folder}: {count:,} trained parameters of {sum(p.numel() for p in model.parameters()):,}, {dtype} on {where}")
 
-    began, clock = time.monotonic() - seconds, Clock()
+    began, clock, fed = time.monotonic() - seconds, Clock(), 0
     hidden = True if rank else None  # a bar for the first process, where there is a terminal
     bar = tqdm(range(start, c.steps), initial=start, total=c.steps, unit="step", disable=hidden, mininterval=1.0)
     for step in bar:
@@ -655,8 +658,10 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
             )  # fmt: skip
         if (rank == 0 or c.fsdp) and ((step + 1) % c.save_every == 0 or step + 1 == c.steps):
             save_checkpoint(folder, step + 1, model, opts, time.monotonic() - began)
+        fed += tokens
         clock.lap("saving")
 
+    speed = fed / max(1e-9, sum(clock.seconds.values()))
     if rank == 0 or c.fsdp:
         validation = evaluate(model, data.validation(), dtype, c.micro_tokens)
     trained = {n: whole(p.detach()) for n, p in trainable(model).items()} if c.fsdp else {}
@@ -678,7 +683,7 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
         lora.save_adapter(model, folder, lora_config(c), base=str(c.base))  # last: this is what makes a run finished
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     clock.lap("evaluation")
-    print(f"time: {clock}")
+    print(f"time: {clock}; {speed:,.0f} tokens a second in training")
     print(f"written: {folder}")
 
 

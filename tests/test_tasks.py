@@ -263,12 +263,58 @@ def test_the_primer_holds_no_instance_of_a_task():
     assert compared > 1000 and hits == 0
 
 
+def test_values_of_the_primers_expressions_are_those_that_python_finds():
+    """Of lists that are named before, alone, before a list, and as the last of what is asked for."""
+    rng, kinds = random.Random(6), Counter()
+    for _ in range(400):
+        lists: dict[str, list[int]] = {}
+        context = Primer(30)._lists(rng)
+        for ask, reply in zip(context[::2], context[1::2], strict=True):
+            given_lists, _, question = ask.text.strip("\n").rpartition("]\n")
+            for name, items in re.findall(r"(\w+):? \[([^\]]*)\]", given_lists + "]"):
+                lists[name.lower()] = [int(i) for i in items.split(", ")]
+
+            def value(expression: str, lists=lists) -> str:
+                python = re.sub(r"(\w+)\[", r"lists['\1'][", expression)
+                return str(eval(python, {"max": max, "lists": lists}))
+
+            if m := re.fullmatch(r"(?:Put (.*) before (\w+)\.\n\w+|cons (.*) (\w+)): ", question):
+                expression, target = m[1] or m[3], m[2] or m[4]
+                assert reply.text == str([int(value(expression)), *lists[target]])
+            elif m := re.fullmatch(r"(rest|join) (\w+), (\w+)(?:, ([A-Za-z ]+?) (\w+\[.*|max\(.*))?: ", question):
+                cut = m[1] == "rest"
+                shown = [str(lists[name][cut:]) for name in (m[2], m[3])]
+                end = f", {m[4]} {value(m[5])}" if m[4] else ""
+                assert re.sub(r"(\w+ )?\w+ \[", "[", reply.text) == ", ".join(shown) + end
+            else:
+                assert reply.text == value(re.sub("( = |: )$", "", question))
+                kinds["=="] += "==" in question
+            kinds[m[0].split()[0] if m else "value"] += 1
+    assert min(kinds[k] for k in ("Put", "cons", "rest", "join", "value", "==")) > 30, kinds
+
+
+def test_dp_trains_often_on_what_short_lists_seldom_have():
+    """First items above 0 that a best sum leaves, or that may be taken or left, and sums of two digits."""
+    rng = random.Random(5)
+
+    def shares(lists):
+        dp = [[*DP.sums(x), 0, 0] for x in lists]
+        left = sum(x[0] > 0 and x[0] + d[2] < d[1] for x, d in zip(lists, dp, strict=True))
+        tie = sum(x[0] + d[2] == d[1] for x, d in zip(lists, dp, strict=True))
+        return [count / len(lists) for count in (left, tie, sum(d[0] > 9 for d in dp))]
+
+    drawn = shares([DP.draw(rng, 5) for _ in range(3000)])
+    uniform = shares([tuple(rng.choices(DP.VALUES, k=5)) for _ in range(3000)])
+    assert all(d > 1.7 * u for d, u in zip(drawn, uniform, strict=True)), (drawn, uniform)
+    assert {len(DP.draw(rng, n)) for n in (1, 2, 3) for _ in range(50)} == {1, 2, 3}
+
+
 @pytest.mark.parametrize("focus", ["bits", "integers"])
 def test_a_primer_of_one_kind_of_lists_holds_no_task(focus):
     """Lists of the kind alone, longer than a task's in training, and nothing that has the form of a task's context."""
     rng, lengths, asked = random.Random(3), [], set()
     for _ in range(3000):
-        context = Primer(128, more=False, focus=focus).training_context(rng)
+        context = Primer(128, focus=focus).training_context(rng)
         whole = "".join(s.text for s in context)
         assert not re.search(r"the parity of \[|subsequences of \[|dp array \[|sum array \[.*item array|Solution: Call: ", whole)
         lists = [integers(x) for x in re.findall(r"\[-?\d[^\]]*, [^\]]*\]", whole)]
