@@ -27,6 +27,12 @@ def test_adapters_belong_to_the_base(task, method):
     lora.load_adapter(model, BASE / f"adapters/{task.name}-{method}")
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
+def test_adapters_belong_to_the_next_base(task):
+    model, _ = llama.load(BASE.parent / "next")
+    lora.load_adapter(model, BASE.parent / f"next/adapters/{task.name}-retuning")
+
+
 @pytest.mark.parametrize(("task", "length"), [(Addition, 20), (Parity, 30)], ids=["addition", "parity"])
 def test_the_shipped_adapter_solves_problems_longer_than_any_it_has_seen(task, length):
     """At least 18 of 20 held-out problems, others each time; training stopped at 15 digits, and at 21 bits."""
