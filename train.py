@@ -43,7 +43,7 @@ except ImportError:  # not on Windows: runs are not locked there
 
 IGNORE = -100  # the label where nothing is to be predicted
 
-# The shape of the shipped base: 2.9 million parameters.
+# The shape of a base from scratch, as in checkpoints/next: 2.9 million parameters.
 TINY = dict(dim=192, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, max_seq_len=4096)
 
 
@@ -68,7 +68,7 @@ class TrainConfig:
     full: bool = False
     """train all parameters instead of an adapter"""
     from_scratch: bool = False
-    """with --full: start from random weights of the shipped base's shape, and a tokenizer of our own"""
+    """with --full: start from random weights of a small shape (TINY), and a tokenizer of our own"""
     rank: int = 32
     alpha: float = 32.0
     dropout: float = 0.0
