@@ -803,7 +803,7 @@ class Primer:
             a, b = rng.randint(-9, 9), rng.randint(-9, rng.choice((9, 30, 100)))
             if kind == "expression":
                 template, value = self._expression(rng)
-                x = self._near(rng, template, value, b, a)
+                x = self._near(rng, template, b, a)
                 ask, reply = template.format(x=x, y=b, s=a) + rng.choice((" = ", ": ")), value(x, b, a)
             else:
                 if kind != "add" and rng.random() < 0.5:
@@ -818,7 +818,7 @@ class Primer:
         return rng.choices([e[:2] for e in self.EXPRESSIONS], [e[2] for e in self.EXPRESSIONS])[0]
 
     @staticmethod
-    def _near(rng: random.Random, template: str, value: Callable, y: int, s: int) -> int:
+    def _near(rng: random.Random, template: str, y: int, s: int) -> int:
         """x for an expression: mostly not far from what it is compared with; equal half of the time if that is asked."""
         other = s + y if "{s}" in template else y
         r = rng.random()
@@ -852,7 +852,7 @@ class Primer:
                 if self.stage > 1 and rng.random() < 0.5:  # the first ones, most often in demand
                     x, y, s = (x[0], 0), (x[0], min(rng.choice((1, 1, 2)), len(lists[x[0]]) - 1)), (s[0], 0)
                 if x != y and x not in used:
-                    lists[x[0]][x[1]] = self._near(rng, template, value, lists[y[0]][y[1]], lists[s[0]][s[1]])
+                    lists[x[0]][x[1]] = self._near(rng, template, lists[y[0]][y[1]], lists[s[0]][s[1]])
                 used |= {x, y, s}
                 expression = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", (x, y, s), strict=True)})
                 values[expression] = str(value(*(lists[name][i] for name, i in (x, y, s))))
