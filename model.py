@@ -238,22 +238,6 @@ class Packed:
         return torch.cat((*out, padding))
 
 
-def round_up(n: int, unit: int) -> int:
-    """To a multiple of the unit, or of an eighth of the power of two at or above n: few numbers are left, and little is added.
-
-    The shapes of products in bf16 should be few on a CPU: for each new one a kernel is compiled, which takes longer than ten
-    products (oneDNN).
-    """
-    unit = max(unit, 2 ** (n - 1).bit_length() // 8)
-    return -(-n // unit) * unit
-
-
-def fill_up(index: Tensor, unit: int) -> tuple[Tensor, ...]:
-    """Places [n, dimensions], the last one repeated until their number is a rounded one (unit 1: as they are), for indexing."""
-    more = round_up(len(index), unit) - len(index) if unit > 1 and len(index) else 0
-    return torch.cat((index, index[-1:].expand(more, -1))).unbind(1)
-
-
 def pad(x: Tensor, real: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
     """[N, ...] -> [B, T, ...]: each token to its row and column, zeros where there is none."""
     padded = x.new_zeros((*shape, *x.shape[1:]))
@@ -500,6 +484,22 @@ class LayerCache:
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values of the new tokens -> what they attend to
+
+
+def round_up(n: int, unit: int) -> int:
+    """To a multiple of the unit, or of an eighth of the power of two at or above n: few numbers are left, and little is added.
+
+    The shapes of products in bf16 should be few on a CPU: for each new one a kernel is compiled, which takes longer than ten
+    products (oneDNN).
+    """
+    unit = max(unit, 2 ** (n - 1).bit_length() // 8)
+    return -(-n // unit) * unit
+
+
+def fill_up(index: Tensor, unit: int) -> tuple[Tensor, ...]:
+    """Places [n, dimensions], the last one repeated until their number is a rounded one (unit 1: as they are), for indexing."""
+    more = round_up(len(index), unit) - len(index) if unit > 1 and len(index) else 0
+    return torch.cat((index, index[-1:].expand(more, -1))).unbind(1)
 
 
 class Tokenizer:
