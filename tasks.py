@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model import UserError
 
@@ -539,24 +539,54 @@ class Primer:
         "field": 1, "swap": 1, "reverse": 1, "zip": 1, "grow": 1, "headsum": 2, "lastsum": 1, "topsum": 4,
     }  # fmt: skip
 
-    # How often contexts are sums, arithmetic, lists, flags, quotations, records; by the stage, or by the focus.
-    STAGES = ((10, 6, 24, 6, 7, 47), (8, 28, 26, 6, 7, 25), (6, 18, 34, 6, 6, 30))
-    PARTS = {"digits": (1, 0, 0, 0, 0, 7), "bits": (0, 0, 0, 0, 0, 1), "integers": (0, 2, 5, 1, 0, 12)}
-    # With a focus: the operations that are left, and the kinds of lists.
-    COPIES = ("copy", "rest", "chop", "prepend", "append", "cons", "heads", "lasts", "field")
-    FOCUSED = {"bits": ("bits",), "integers": ("integers", "integers", "marks")}
+    COPIES = ("copy", "rest", "chop", "prepend", "append", "cons", "heads", "lasts", "field")  # operations, with a focus
 
-    # Expressions as Python writes them, of items of named lists or of numbers; s is from -9 to 9. The last is how often.
+    @dataclass(frozen=True)
+    class Stage:
+        """What is asked for in a part of the base's training, or in rehearsal while a task is learned."""
+
+        parts: tuple[int, ...]  # how often contexts are sums, arithmetic, lists, flags, quotations, records, values
+        records: tuple[float, float, float] = (0.45, 0.5, 0.58)  # shares, added up: digits, letters, either in a notation
+        lists: tuple[str, ...] = ("bits", "bits", "integers", "marks")  # the others
+        named: float = 0.3  # share of records with names
+        falling: float = 0.0  # share of falling ones among lists of integers
+        steps: tuple[int, ...] = (2, 5, 9)  # how far they may fall
+        values: bool = True  # about named lists: a value is always asked for; else it may be
+        several: bool = False  # ... and several, mostly of short lists or of first items; lists may be falling
+        drill: bool = False  # arithmetic is a drill of expressions
+        copies: bool = False  # nothing but copies of records, in whole or in part
+
+    # From the second on there is more arithmetic, whose tokens are few beside those of copies, from the third more lists; the
+    # last drills what is then left to learn: sums compared with integers, and long lists of few different items.
+    STAGES = (
+        Stage((10, 6, 24, 6, 7, 47, 0), (0.6, 0.7, 0.8), values=False),
+        Stage((8, 28, 26, 6, 7, 25, 0), (0.6, 0.7, 0.8)),
+        Stage((6, 18, 34, 6, 6, 30, 0), falling=0.3, several=True),
+        Stage(
+            (4, 16, 18, 4, 4, 30, 30), lists=("bits", "integers", "integers", "marks"), named=0.45, falling=0.5,
+            steps=(1, 2, 4, 5, 9), several=True, drill=True,
+        ),
+    )  # fmt: skip
+    FOCUSED = {
+        "digits": replace(STAGES[-1], parts=(1, 0, 0, 0, 0, 7, 0), records=(0.6, 0.7, 0.8)),
+        "bits": replace(STAGES[-1], parts=(0, 0, 0, 0, 0, 1, 0), records=(0, 0, 0), lists=("bits",), copies=True),
+        "integers": replace(
+            STAGES[-1], parts=(0, 1, 5, 1, 0, 12, 3), records=(0, 0, 0), lists=("integers", "integers", "marks"), copies=True
+        ),
+    }
+
+    # Expressions as Python writes them, of items of named lists or of numbers; s is from -9 to 9. How often each is asked for,
+    # and how often in the drill with numbers.
     EXPRESSIONS = (
-        ("{x}", lambda x, y, s: x, 1),
-        ("{y} + {s}", lambda x, y, s: y + s, 1),
-        ("{s} + {y}", lambda x, y, s: s + y, 2),
-        ("max({x}, {y})", lambda x, y, s: max(x, y), 2),
-        ("max({x}, {s} + {y})", lambda x, y, s: max(x, s + y), 5),
-        ("max({x}, {s} + {y}, 0)", lambda x, y, s: max(x, s + y, 0), 1),
-        ("max({s}, 0)", lambda x, y, s: max(s, 0), 1),
-        ("{x} == {y}", lambda x, y, s: x == y, 1),
-        ("{x} == {s} + {y}", lambda x, y, s: x == s + y, 5),
+        ("{x}", lambda x, y, s: x, 1, 0),
+        ("{y} + {s}", lambda x, y, s: y + s, 1, 1),
+        ("{s} + {y}", lambda x, y, s: s + y, 2, 2),
+        ("max({x}, {y})", lambda x, y, s: max(x, y), 2, 1),
+        ("max({x}, {s} + {y})", lambda x, y, s: max(x, s + y), 5, 5),
+        ("max({x}, {s} + {y}, 0)", lambda x, y, s: max(x, s + y, 0), 1, 1),
+        ("max({s}, 0)", lambda x, y, s: max(s, 0), 1, 0),
+        ("{x} == {y}", lambda x, y, s: x == y, 1, 1),
+        ("{x} == {s} + {y}", lambda x, y, s: x == s + y, 5, 8),
     )
     LISTS = ("array", "item", "sum", "index", "return", "input", "value", "data", "x", "y")
     # For quotations; the tasks' own words are among them, and in no order.
@@ -569,17 +599,13 @@ class Primer:
         ).split(),
     )  # fmt: skip
 
-    def __init__(self, max_items: int = 128, focus: str = "", stage: int = 2):
+    def __init__(self, max_items: int = 128, focus: str = "", stage: int = 3):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
-        self.stage = stage  # from 1 on there is more arithmetic, whose tokens are few beside those of copies; in 2 more lists
-        self.parts = self.PARTS[focus] if focus else self.STAGES[stage]
-        # "digits": records of all kinds, and sums of digits; "bits" or "integers": nothing but lists of these, copied in whole or
-        # in part, with small arithmetic for the latter.
-        self.focus = focus if focus in self.FOCUSED else ""
+        self.stage = self.FOCUSED[focus] if focus else self.STAGES[stage]
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
-        kinds = (self._sums, self._arithmetic, self._lists, self._flags, self._quotation, self._records)
-        return rng.choices(kinds, self.parts)[0](rng)
+        kinds = (self._sums, self._arithmetic, self._lists, self._flags, self._quotation, self._records, self._values)
+        return rng.choices(kinds, self.stage.parts)[0](rng)
 
     def _records(self, rng: random.Random) -> Context:
         """A record and operations on it; other records may come in between."""
@@ -646,7 +672,7 @@ class Primer:
 
     def _items(self, rng: random.Random, alphabet: list[str], n: int) -> list[str]:
         """n items; a third of the time of low entropy, since runs and repeats are where copying by content fails."""
-        if self.stage > 1 and alphabet[0].startswith("-") and rng.random() < 0.3:
+        if self.stage.falling and alphabet[0].startswith("-") and rng.random() < self.stage.falling:
             return [str(i) for i in self._falling(rng, n)]
         r = rng.random()
         if r < 0.66:
@@ -666,10 +692,9 @@ class Primer:
             out[rng.randrange(n)] = rng.choice(alphabet)
         return out
 
-    @staticmethod
-    def _falling(rng: random.Random, n: int) -> list[int]:
+    def _falling(self, rng: random.Random, n: int) -> list[int]:
         """n integers, none larger than the one before, many the same."""
-        step = rng.choice((2, 5, 9))
+        step = rng.choice(self.stage.steps)
         items = [rng.randint(-9, 9)]
         while len(items) < n:
             items.append(items[-1] + max(0, rng.randint(-step, step)))
@@ -677,11 +702,9 @@ class Primer:
 
     def _record(self, rng: random.Random, short: bool, like: "Primer.Record | None" = None) -> "Primer.Record":
         r = rng.random()
-        digits, letters, others = (0.6, 0.7, 0.8) if self.stage < 2 or self.parts == self.PARTS["digits"] else (0.45, 0.5, 0.58)
+        digits, letters, others = self.stage.records
         if like is not None and r < 0.7:
             alphabet, notation = like.alphabet, like.notation
-        elif self.focus:
-            alphabet, notation = rng.choice(self.FOCUSED[self.focus]), self.NOTATIONS[5]
         elif r < digits:
             alphabet, notation = "digits", self.NOTATIONS[0]
         elif r < letters:
@@ -689,7 +712,7 @@ class Primer:
         elif r < others:
             alphabet, notation = rng.choice(("digits", "letters")), rng.choice(self.NOTATIONS[1:])
         else:
-            alphabet, notation = rng.choice(("bits", "bits", "integers", "marks")), self.NOTATIONS[5]
+            alphabet, notation = rng.choice(self.stage.lists), self.NOTATIONS[5]
         symbols = {
             "digits": list(self.DIGITS),
             "letters": list(self.LETTERS),
@@ -697,17 +720,17 @@ class Primer:
             "marks": ["1", "2"],
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
-        if self.focus and alphabet == "integers" and rng.random() < 0.5:  # few, so that they come again
+        if self.stage.copies and alphabet == "integers" and rng.random() < 0.5:  # few, so that they come again
             symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
         if cost == 3:
-            cost = 2 if alphabet == "integers" and not self.focus else 1
+            cost = 2 if alphabet == "integers" and not self.stage.copies else 1
         count = 1 if short else rng.choice((1, 2, 2))
         n = self._length(rng, cost)
         lengths = [n if rng.random() < 0.8 else self._length(rng, cost) for _ in range(count)]
         fields = [self._items(rng, symbols, k) for k in lengths]
         names: list[str] = []
-        if rng.random() < 0.3:  # named; often a short field before a long one
+        if rng.random() < self.stage.named:  # named; often a short field before a long one
             if rng.random() < 0.5:
                 fields = [[rng.choice(symbols)], fields[-1]]
             longest = 4 if len(fields) == 1 else 2
@@ -737,7 +760,8 @@ class Primer:
             "lastsum": len(f) == 2 and digits[id(r)],
             "topsum": first is not r and len(first.fields) == 2 and digits[id(first)],
         }
-        weights = {op: w for op, w in self.OPERATIONS.items() if allowed.get(op, True) and (op in self.COPIES or not self.focus)}
+        operations = self.COPIES if self.stage.copies else self.OPERATIONS
+        weights = {op: self.OPERATIONS[op] for op in operations if allowed.get(op, True)}
         (op,) = rng.choices(list(weights), list(weights.values()))
         if op == "copy":
             return op, r.text
@@ -798,11 +822,13 @@ class Primer:
     def _arithmetic(self, rng: random.Random) -> Context:
         """A small integer added to another one; maxima and order of integers; expressions of numbers."""
         out: Context = []
-        for i in range(rng.randint(1, 12)):
-            kind = rng.choice(("add", "max", "less", "expression", "expression"))
+        drill = self.stage.drill
+        kinds = ("add", "expression", "expression", "expression") if drill else ("add", "max", "less", "expression", "expression")
+        for i in range(rng.randint(8, 24) if drill else rng.randint(1, 12)):
+            kind = rng.choice(kinds)
             a, b = rng.randint(-9, 9), rng.randint(-9, rng.choice((9, 30, 100)))
             if kind == "expression":
-                template, value = self._expression(rng)
+                template, value = self._expression(rng, drill)
                 x = self._near(rng, template, b, a)
                 ask, reply = template.format(x=x, y=b, s=a) + rng.choice((" = ", ": ")), value(x, b, a)
             else:
@@ -814,8 +840,8 @@ class Primer:
             out += [given(("\n" if i else "") + ask), written(str(reply))]
         return out
 
-    def _expression(self, rng: random.Random) -> tuple[str, Callable]:
-        return rng.choices([e[:2] for e in self.EXPRESSIONS], [e[2] for e in self.EXPRESSIONS])[0]
+    def _expression(self, rng: random.Random, drill: bool = False) -> tuple[str, Callable]:
+        return rng.choices([e[:2] for e in self.EXPRESSIONS], [e[3 if drill else 2] for e in self.EXPRESSIONS])[0]
 
     @staticmethod
     def _near(rng: random.Random, template: str, y: int, s: int) -> int:
@@ -835,21 +861,21 @@ class Primer:
             names = rng.sample([n for n in self.LISTS if n not in taken], rng.choice((2, 2, 3)))
             taken |= set(names)
             n = int((max(4, self.max_items // 3) + 1) ** rng.random())
-            if self.stage > 1 and rng.random() < 0.5:
+            if self.stage.several and rng.random() < 0.5:
                 n = rng.randint(2, 5)
             sizes = [max(1, n + rng.choice((0, 0, -1, 1))) for _ in names]
             high = rng.choice((9, 30, 100))
             lists = {name: [rng.randint(-9, high) for _ in range(size)] for name, size in zip(names, sizes, strict=True)}
-            if self.stage > 1 and rng.random() < 0.4:
+            if self.stage.several and rng.random() < 0.4:
                 lists[names[1]] = self._falling(rng, sizes[1])
             few = rng.randint(1, 9) if rng.random() < 0.7 else 9
             lists[names[0]] = [rng.randint(-few, few) for _ in range(sizes[0])]  # small integers
             values: dict[str, str] = {}  # of expressions
             used: set[tuple[str, int]] = set()
-            for _ in range(1 if self.stage < 2 else rng.randint(2, 5)):
+            for _ in range(rng.randint(2, 5) if self.stage.several else 1):
                 template, value = self._expression(rng)
                 x, y, s = (self._place(rng, lists, names[1:] if v != "s" else names[:1]) for v in "xys")
-                if self.stage > 1 and rng.random() < 0.5:  # the first ones, most often in demand
+                if self.stage.several and rng.random() < 0.5:  # the first ones, most often in demand
                     x, y, s = (x[0], 0), (x[0], min(rng.choice((1, 1, 2)), len(lists[x[0]]) - 1)), (s[0], 0)
                 if x != y and x not in used:
                     lists[x[0]][x[1]] = self._near(rng, template, lists[y[0]][y[1]], lists[s[0]][s[1]])
@@ -862,7 +888,7 @@ class Primer:
             separator = rng.choice(("\n", "\n", ", "))
             text = separator.join(f"{shown[name]} {lists[name]}" for name in names) + "\n"
             asks = rng.sample(("value", "before", "rest", "join", "item"), rng.choice((1, 1, 2)))
-            if self.stage > 0:
+            if self.stage.values:
                 asks = ["value", *asks]
             if result in ("True", "False"):
                 asks = ["value" if ask == "before" else ask for ask in asks]
@@ -886,6 +912,39 @@ class Primer:
                     reply += f", {flag} {result}" if end else ""
                 out += [given(f"{chr(10) if out else ''}{text}{prompt}"), written(reply)]
                 room -= len(text) + len(prompt) + len(reply)
+                text = ""
+        return out
+
+    def _values(self, rng: random.Random) -> Context:
+        """The drill of expressions again, where the numbers are to be found in short named lists."""
+        out: Context = []
+        free = rng.sample(self.LISTS, rng.randint(4, len(self.LISTS)))
+        while len(free) > 1:
+            names = [free.pop() for _ in range(min(rng.choice((2, 2, 3)), len(free)))]
+            high = rng.choice((9, 30, 100))
+            lists = {name: [rng.randint(-9, high) for _ in range(rng.randint(2, 6))] for name in names}
+            lists[names[0]] = [rng.randint(-9, 9) for _ in lists[names[0]]]
+            new = [(name, i) for name in names[1:] for i in range(min(4, len(lists[name])))]  # in no expression so far
+            asks: list[tuple[str, Callable, list[tuple[str, int]]]] = []
+            for _ in range(rng.randint(3, 6)):
+                if not new:
+                    break
+                template, value = self._expression(rng, drill=True)
+                x = new[0] if rng.random() < 0.5 else rng.choice(new)
+                others = [(name, i) for name in names[1:] for i in range(min(4, len(lists[name]))) if (name, i) != x]
+                near = [(name, i) for name, i in others if name == x[0] and 0 < i - x[1] < 3]
+                y = rng.choice(near if near and rng.random() < 0.5 else others)
+                s = self._place(rng, lists, names[:1])
+                lists[x[0]][x[1]] = self._near(rng, template, lists[y[0]][y[1]], lists[s[0]][s[1]])
+                new = [place for place in new if place not in (x, y)]
+                asks.append((template, value, [x, y, s]))
+            rng.shuffle(asks)
+            separator = rng.choice(("\n", "\n", ", "))
+            text = separator.join(f"{name} {lists[name]}" for name in rng.sample(names, len(names))) + "\n"
+            for template, value, places in asks:
+                expression = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", places, strict=True)})
+                reply = str(value(*(lists[name][i] for name, i in places)))
+                out += [given(f"{chr(10) if out else ''}{text}{expression}{rng.choice((' = ', ': '))}"), written(reply)]
                 text = ""
         return out
 
@@ -913,7 +972,7 @@ class Primer:
                 text += f"{rng.choice(self.WORDS)}: {latest}\n"
             a, b = rng.sample(symbols, 2)
             word, wanted = rng.choice(self.WORDS), rng.choice(("True", "False"))
-            if self.stage > 1 and rng.random() < 0.7:  # by two at once choices are learned late
+            if self.stage.several and rng.random() < 0.7:  # by two at once choices are learned late
                 wanted = "False"
             choice = a if last == wanted else b
             kind = rng.choice(("last", "first", "if", "if", "before", "before"))

@@ -266,9 +266,10 @@ def test_the_primer_holds_no_instance_of_a_task():
 def test_values_of_the_primers_expressions_are_those_that_python_finds():
     """Of lists that are named before, alone, before a list, and as the last of what is asked for."""
     rng, kinds = random.Random(6), Counter()
-    for _ in range(400):
+    primer = Primer(30)
+    for contexts in (primer._lists, primer._values) * 400:
         lists: dict[str, list[int]] = {}
-        context = Primer(30)._lists(rng)
+        context = contexts(rng)
         for ask, reply in zip(context[::2], context[1::2], strict=True):
             given_lists, _, question = ask.text.strip("\n").rpartition("]\n")
             for name, items in re.findall(r"(\w+):? \[([^\]]*)\]", given_lists + "]"):
@@ -288,9 +289,9 @@ def test_values_of_the_primers_expressions_are_those_that_python_finds():
                 assert re.sub(r"(\w+ )?\w+ \[", "[", reply.text) == ", ".join(shown) + end
             else:
                 assert reply.text == value(re.sub("( = |: )$", "", question))
-                kinds["=="] += "==" in question
+                kinds[f"== {reply.text}"] += "==" in question
             kinds[m[0].split()[0] if m else "value"] += 1
-    assert min(kinds[k] for k in ("Put", "cons", "rest", "join", "value", "==")) > 30, kinds
+    assert min(kinds[k] for k in ("Put", "cons", "rest", "join", "value", "== True", "== False")) > 30, kinds
 
 
 def test_dp_trains_often_on_what_short_lists_seldom_have():
