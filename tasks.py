@@ -563,7 +563,7 @@ class Primer:
         Stage((8, 28, 26, 6, 7, 25, 0), (0.6, 0.7, 0.8)),
         Stage((6, 18, 34, 6, 6, 30, 0), falling=0.3, several=True),
         Stage(
-            (4, 16, 18, 4, 4, 30, 30), lists=("bits", "integers", "integers", "marks"), named=0.45, falling=0.5,
+            (4, 10, 18, 4, 4, 30, 44), lists=("bits", "integers", "integers", "marks"), named=0.45, falling=0.5,
             steps=(1, 2, 4, 5, 9), several=True, drill=True,
         ),
     )  # fmt: skip
@@ -585,7 +585,7 @@ class Primer:
         ("max({x}, {s} + {y})", lambda x, y, s: max(x, s + y), 5, 5),
         ("max({x}, {s} + {y}, 0)", lambda x, y, s: max(x, s + y, 0), 1, 1),
         ("max({s}, 0)", lambda x, y, s: max(s, 0), 1, 0),
-        ("{x} == {y}", lambda x, y, s: x == y, 1, 1),
+        ("{x} == {y}", lambda x, y, s: x == y, 1, 4),
         ("{x} == {s} + {y}", lambda x, y, s: x == s + y, 5, 8),
     )
     LISTS = ("array", "item", "sum", "index", "return", "input", "value", "data", "x", "y")
@@ -921,9 +921,10 @@ class Primer:
         free = rng.sample(self.LISTS, rng.randint(4, len(self.LISTS)))
         while len(free) > 1:
             names = [free.pop() for _ in range(min(rng.choice((2, 2, 3)), len(free)))]
-            high = rng.choice((9, 30, 100))
-            lists = {name: [rng.randint(-9, high) for _ in range(rng.randint(2, 6))] for name in names}
-            lists[names[0]] = [rng.randint(-9, 9) for _ in lists[names[0]]]
+            low, high = rng.choice(((0, 4), (0, 9), (-9, 9), (-9, 30), (-9, 100)))
+            longest = rng.choice((2, 3, 6))  # easy ones among them, to begin with
+            lists = {name: [rng.randint(low, high) for _ in range(rng.randint(2, longest))] for name in names}
+            lists[names[0]] = [rng.randint(low, min(high, 9)) for _ in lists[names[0]]]
             new = [(name, i) for name in names[1:] for i in range(min(4, len(lists[name])))]  # in no expression so far
             asks: list[tuple[str, Callable, list[tuple[str, int]]]] = []
             for _ in range(rng.randint(3, 6)):

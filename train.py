@@ -43,7 +43,7 @@ except ImportError:  # not on Windows: runs are not locked there
 
 IGNORE = -100  # the label where nothing is to be predicted
 
-# The shape of a base from scratch, as in checkpoints/next: 2.9 million parameters.
+# The shape of a base from scratch, that of the shipped one: 2.9 million parameters.
 TINY = dict(dim=192, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, max_seq_len=4096)
 
 
@@ -54,9 +54,9 @@ class TrainConfig:
     task: Literal[(*TASKS, "primer")] = "addition"
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
-    preset: Literal["tiny", "paper", "base", "base2"] = "tiny"
-    """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; a base like the shipped one,
-    from scratch, and for its second part"""
+    preset: Literal["tiny", "paper", "base", "base2", "base3"] = "tiny"
+    """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the shipped base itself, from
+    scratch, and the second and third part of its training"""
     base: Path = Path("checkpoints/tiny")
     """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
     out: Path = Path("runs")
@@ -113,24 +113,24 @@ class TrainConfig:
 class TaskDefaults:
     """What suits a task on the shipped base: the best of what was tried (see the README), the same for all of its methods.
 
-    But for the learning rate: a long scratchpad may want a smaller one.
+    But for long scratchpads, which may want a smaller learning rate, and fewer steps for as many tokens.
     """
 
     lr: float = 3e-3
     scratchpad_lr: float = 1.5e-3
-    steps: int = 1200
+    steps: int = 1600
+    scratchpad_steps: int | None = None  # None: as many
     targets: tuple[str, ...] = lora.LAYERS
     replay: float = 0.1
     focus: str = ""  # of the replayed contexts, see `Primer`
     max_items: int = 128  # in a replayed list
 
 
-# The base has written addition's words in the primer; those of the others can only be taught to its output layer. It has copied
-# digits up to 128, but lists up to 42.
+# The base has written addition's words in the primer; those of the others can only be taught to its output layer.
 TASK_DEFAULTS = {
-    "addition": TaskDefaults(steps=1600, targets=lora.BLOCK_LAYERS, focus="digits"),
-    "parity": TaskDefaults(steps=400, scratchpad_lr=3e-3, replay=0.3, focus="bits"),
-    "dp": TaskDefaults(steps=1000, replay=0.4, focus="integers", max_items=48),
+    "addition": TaskDefaults(targets=lora.BLOCK_LAYERS, focus="digits"),
+    "parity": TaskDefaults(steps=600, scratchpad_lr=3e-3, focus="bits"),
+    "dp": TaskDefaults(steps=1700, scratchpad_steps=580, replay=0.2, focus="integers", max_items=96),
 }
 
 PRESETS: dict[str, dict] = {
@@ -148,14 +148,20 @@ PRESETS: dict[str, dict] = {
         task="primer", full=True, base=Path("runs/primer"), steps=2600, batch_size=48, micro_tokens=8192, lr=2e-3, warmup=50,
         decay=0.8, weight_decay=0.01, replay=0.0,
     ),
+    "base3": dict(
+        task="primer", full=True, base=Path("runs/primer-2"), steps=2500, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
+        decay=0.8, weight_decay=0.01, replay=0.0,
+    ),
 }  # fmt: skip
 
 
 def complete(c: TrainConfig) -> TrainConfig:
     """With the defaults that depend on task and method, where nothing else is given."""
     task = TASK_DEFAULTS.get(c.task, TaskDefaults())
-    lr = task.scratchpad_lr if c.method == "scratchpad" else task.lr
-    defaults = dict(lr=lr, steps=task.steps, targets=task.targets, replay=task.replay)
+    lr, steps = task.lr, task.steps
+    if c.method == "scratchpad":
+        lr, steps = task.scratchpad_lr, task.scratchpad_steps or steps
+    defaults = dict(lr=lr, steps=steps, targets=task.targets, replay=task.replay)
     return replace(c, **{name: value for name, value in defaults.items() if getattr(c, name) is None})
 
 
@@ -240,7 +246,7 @@ class Data:
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
         max_items = int(8 * (self.replayed.max_items / 8) ** difficulty)
-        stage = int(step >= 0.45 * self.c.steps) if self.c.from_scratch else 2
+        stage = int(step >= 0.45 * self.c.steps) if self.c.from_scratch else 2 if self.c.preset == "base2" else 3
         primer = Primer(max_items, self.replayed.focus, stage)
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
@@ -264,7 +270,8 @@ class Data:
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
         rng = random.Random(f"validation-{self.c.seed}")
-        task = Primer(stage=1 if self.c.from_scratch else 2) if self.c.task == "primer" else TASKS[self.c.task]
+        stage = {"base": 1, "base2": 2}.get(self.c.preset, 3)
+        task = Primer(stage=stage) if self.c.task == "primer" else TASKS[self.c.task]
         return [self.draw(task, rng) for _ in range(n)]
 
 

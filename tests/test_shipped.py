@@ -27,12 +27,6 @@ def test_adapters_belong_to_the_base(task, method):
     lora.load_adapter(model, BASE / f"adapters/{task.name}-{method}")
 
 
-@pytest.mark.parametrize("name", [*(f"{task}-retuning" for task in TASKS), "parity-baseline", "parity-scratchpad"])
-def test_adapters_belong_to_the_next_base(name):
-    model, _ = llama.load(BASE.parent / "next")
-    lora.load_adapter(model, BASE.parent / "next/adapters" / name)
-
-
 @pytest.mark.parametrize(("task", "length"), [(Addition, 20), (Parity, 30)], ids=["addition", "parity"])
 def test_the_shipped_adapter_solves_problems_longer_than_any_it_has_seen(task, length):
     """At least 18 of 20 held-out problems, others each time; training stopped at 15 digits, and at 21 bits."""
@@ -49,9 +43,9 @@ def test_the_shipped_adapter_solves_problems_longer_than_any_it_has_seen(task, l
 
 
 def test_the_longest_scratchpad_that_fits(tokenizer):
-    """81 digits, as the README says."""
-    sizes = {n: len(encode(Addition.context(Addition.problem("9" * n, "9"), "scratchpad"), tokenizer).tokens) for n in (81, 82)}
-    assert sizes[81] <= llama.config_from_hf(BASE / "config.json").max_seq_len < sizes[82]
+    """80 digits, as the README says."""
+    sizes = {n: len(encode(Addition.context(Addition.problem("9" * n, "9"), "scratchpad"), tokenizer).tokens) for n in (80, 81)}
+    assert sizes[80] <= llama.config_from_hf(BASE / "config.json").max_seq_len < sizes[81]
 
 
 @pytest.mark.parametrize("task", [Addition, Parity], ids=["addition", "parity"])

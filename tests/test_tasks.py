@@ -335,7 +335,7 @@ def test_what_a_task_writes_has_been_written_in_the_primer(tokenizer):
     def tokens(contexts):
         return Counter(t for context in contexts for s in context if s.written for t in tokenizer.segment(s.text))
 
-    known = tokens(Primer(20).training_context(rng) for _ in range(6000))
+    known = tokens(Primer(20, stage=stage).training_context(rng) for stage in range(len(Primer.STAGES)) for _ in range(2000))
     for task, method in itertools.product(TASKS.values(), METHODS):
         needed = tokens(task.training_context(rng, method) for _ in range(300))
         rare = {tokenizer.sp.id_to_piece(t): known[t] for t in needed if known[t] < 10}
