@@ -160,7 +160,7 @@ def test_hostile_output(share, tokenizer):
         return rest[0]
 
     frames, endings = 0, set()
-    for batch in range(10):
+    for batch in range(12):
         plans.clear()
         limits = Limits(max_depth=4, max_tokens=150, batch=40, share=share)
         decoder = Decoder(ScriptedEngine(write, max_seq_len=120), tokenizer, limits)
