@@ -551,7 +551,7 @@ class Primer:
         named: float = 0.3  # share of records with names
         falling: float = 0.0  # share of falling ones among lists of integers
         steps: tuple[int, ...] = (2, 5, 9)  # how far they may fall
-        values: bool = True  # about named lists: a value is always asked for; else it may be
+        value_first: bool = True  # about named lists: a value is always asked for; else it may be
         several: bool = False  # ... and several, mostly of short lists or of first items; lists may be falling
         drill: bool = False  # arithmetic is a drill of expressions
         copies: bool = False  # nothing but copies of records, in whole or in part
@@ -559,7 +559,7 @@ class Primer:
     # From the second on there is more arithmetic, whose tokens are few beside those of copies, from the third more lists; the
     # last drills what is then left to learn: sums compared with integers, and long lists of few different items.
     STAGES = (
-        Stage((10, 6, 24, 6, 7, 47, 0), (0.6, 0.7, 0.8), values=False),
+        Stage((10, 6, 24, 6, 7, 47, 0), (0.6, 0.7, 0.8), value_first=False),
         Stage((8, 28, 26, 6, 7, 25, 0), (0.6, 0.7, 0.8)),
         Stage((6, 18, 34, 6, 6, 30, 0), falling=0.3, several=True),
         Stage(
@@ -576,7 +576,7 @@ class Primer:
     }
 
     # Expressions as Python writes them, of items of named lists or of numbers; s is from -9 to 9. How often each is asked for,
-    # and how often in the drill with numbers.
+    # and how often in the drill.
     EXPRESSIONS = (
         ("{x}", lambda x, y, s: x, 1, 0),
         ("{y} + {s}", lambda x, y, s: y + s, 1, 1),
@@ -888,7 +888,7 @@ class Primer:
             separator = rng.choice(("\n", "\n", ", "))
             text = separator.join(f"{shown[name]} {lists[name]}" for name in names) + "\n"
             asks = rng.sample(("value", "before", "rest", "join", "item"), rng.choice((1, 1, 2)))
-            if self.stage.values:
+            if self.stage.value_first:
                 asks = ["value", *asks]
             if result in ("True", "False"):
                 asks = ["value" if ask == "before" else ask for ask in asks]
@@ -925,14 +925,15 @@ class Primer:
             longest = rng.choice((2, 3, 6))  # easy ones among them, to begin with
             lists = {name: [rng.randint(low, high) for _ in range(rng.randint(2, longest))] for name in names}
             lists[names[0]] = [rng.randint(low, min(high, 9)) for _ in lists[names[0]]]
-            new = [(name, i) for name in names[1:] for i in range(min(4, len(lists[name])))]  # in no expression so far
+            places = [(name, i) for name in names[1:] for i in range(min(4, len(lists[name])))]
+            new = places  # those in no expression so far
             asks: list[tuple[str, Callable, list[tuple[str, int]]]] = []
             for _ in range(rng.randint(3, 6)):
                 if not new:
                     break
                 template, value = self._expression(rng, drill=True)
                 x = new[0] if rng.random() < 0.5 else rng.choice(new)
-                others = [(name, i) for name in names[1:] for i in range(min(4, len(lists[name]))) if (name, i) != x]
+                others = [place for place in places if place != x]
                 near = [(name, i) for name, i in others if name == x[0] and 0 < i - x[1] < 3]
                 y = rng.choice(near if near and rng.random() < 0.5 else others)
                 s = self._place(rng, lists, names[:1])
@@ -942,9 +943,9 @@ class Primer:
             rng.shuffle(asks)
             separator = rng.choice(("\n", "\n", ", "))
             text = separator.join(f"{name} {lists[name]}" for name in rng.sample(names, len(names))) + "\n"
-            for template, value, places in asks:
-                expression = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", places, strict=True)})
-                reply = str(value(*(lists[name][i] for name, i in places)))
+            for template, value, xys in asks:
+                expression = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", xys, strict=True)})
+                reply = str(value(*(lists[name][i] for name, i in xys)))
                 out += [given(f"{chr(10) if out else ''}{text}{expression}{rng.choice((' = ', ': '))}"), written(reply)]
                 text = ""
         return out
