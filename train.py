@@ -117,7 +117,7 @@ class TaskDefaults:
     """
 
     lr: float = 3e-3
-    scratchpad_lr: float = 1.5e-3
+    scratchpad_lr: float = 3e-3
     steps: int = 1600
     scratchpad_steps: int | None = None  # None: as many
     targets: tuple[str, ...] = lora.LAYERS
@@ -129,8 +129,8 @@ class TaskDefaults:
 # The base has written addition's words in the primer; those of the others can only be taught to its output layer.
 TASK_DEFAULTS = {
     "addition": TaskDefaults(targets=lora.BLOCK_LAYERS, focus="digits"),
-    "parity": TaskDefaults(steps=600, scratchpad_lr=3e-3, focus="bits"),
-    "dp": TaskDefaults(steps=1700, scratchpad_steps=580, replay=0.2, focus="integers", max_items=96),
+    "parity": TaskDefaults(steps=600, focus="bits"),
+    "dp": TaskDefaults(steps=1700, scratchpad_lr=1.5e-3, scratchpad_steps=580, replay=0.2, focus="integers", max_items=96),
 }
 
 PRESETS: dict[str, dict] = {
