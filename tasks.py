@@ -514,6 +514,19 @@ class DP:
         return DP.parse(text, method) == DP.oracle(p)
 
 
+def _make_forms(rng: random.Random, words: tuple[str, ...], n: int = 48) -> list[tuple[list[str], list[int]]]:
+    """For each form what is written before, between and after its lists, and whether a list goes without its first item."""
+    forms = []
+    for _ in range(n):
+        cuts = [rng.choice((0, 0, 1)) for _ in range(rng.choice((1, 2, 2)))]
+        phrases = [" ".join(rng.choices(words, k=rng.randint(1, 6)))]
+        phrases += [rng.choice((",", ".", ":", "")) + " " + " ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in cuts]
+        if rng.random() < 0.5:
+            phrases[-1] = rng.choice(("", ".", "?"))
+        forms.append((phrases, cuts))
+    return forms
+
+
 class Primer:
     """What the shipped base is trained on, in place of a web corpus: handling of text, and small arithmetic.
 
@@ -545,7 +558,7 @@ class Primer:
     class Stage:
         """What is asked for in a part of the base's training, or in rehearsal while a task is learned."""
 
-        parts: tuple[int, ...]  # how often contexts are sums, arithmetic, lists, flags, quotations, records, values
+        parts: tuple[int, ...]  # how often contexts are sums, arithmetic, lists, flags, quotations, records, values, forms
         records: tuple[float, float, float] = (0.45, 0.5, 0.58)  # shares, added up: digits, letters, either in a notation
         lists: tuple[str, ...] = ("bits", "bits", "integers", "marks")  # the others
         named: float = 0.3  # share of records with names
@@ -554,26 +567,32 @@ class Primer:
         value_first: bool = True  # about named lists: a value is always asked for; else it may be
         several: bool = False  # ... and several, mostly of short lists or of first items; lists may be falling
         drill: bool = False  # arithmetic is a drill of expressions
+        few: bool = False  # half of the lists of integers have few different ones
         copies: bool = False  # nothing but copies of records, in whole or in part
 
     # From the second on there is more arithmetic, whose tokens are few beside those of copies, from the third more lists; the
-    # last drills what is then left to learn: sums compared with integers, and long lists of few different items.
+    # fourth drills sums compared with integers; in the last most is lists of integers, with many items that are the same.
     STAGES = (
-        Stage((10, 6, 24, 6, 7, 47, 0), (0.6, 0.7, 0.8), value_first=False),
-        Stage((8, 28, 26, 6, 7, 25, 0), (0.6, 0.7, 0.8)),
-        Stage((6, 18, 34, 6, 6, 30, 0), falling=0.3, several=True),
+        Stage((10, 6, 24, 6, 7, 47, 0, 0), (0.6, 0.7, 0.8), value_first=False),
+        Stage((8, 28, 26, 6, 7, 25, 0, 0), (0.6, 0.7, 0.8)),
+        Stage((6, 18, 34, 6, 6, 30, 0, 0), falling=0.3, several=True),
         Stage(
-            (4, 10, 18, 4, 4, 30, 44), lists=("bits", "integers", "integers", "marks"), named=0.45, falling=0.5,
+            (4, 10, 18, 4, 4, 30, 44, 0), lists=("bits", "integers", "integers", "marks"), named=0.45, falling=0.5,
             steps=(1, 2, 4, 5, 9), several=True, drill=True,
+        ),
+        Stage(
+            (2, 3, 18, 5, 2, 38, 24, 12), (0.2, 0.23, 0.28), lists=("bits", *["integers"] * 4, "marks"), named=0.5, falling=0.4,
+            steps=(1, 2, 4, 5, 9), several=True, drill=True, few=True,
         ),
     )  # fmt: skip
     FOCUSED = {
-        "digits": replace(STAGES[-1], parts=(1, 0, 0, 0, 0, 7, 0), records=(0.6, 0.7, 0.8)),
-        "bits": replace(STAGES[-1], parts=(0, 0, 0, 0, 0, 1, 0), records=(0, 0, 0), lists=("bits",), copies=True),
+        "digits": replace(STAGES[3], parts=(1, 0, 0, 0, 0, 7, 0, 0), records=(0.6, 0.7, 0.8)),
+        "bits": replace(STAGES[3], parts=(0, 0, 0, 0, 0, 1, 0, 0), records=(0, 0, 0), lists=("bits",), copies=True),
         "integers": replace(
-            STAGES[-1], parts=(0, 1, 5, 1, 0, 12, 3), records=(0, 0, 0), lists=("integers", "integers", "marks"), copies=True
+            STAGES[3], parts=(0, 1, 5, 1, 0, 12, 3, 0), records=(0, 0, 0), lists=("integers", "integers", "marks"), few=True,
+            copies=True,
         ),
-    }
+    }  # fmt: skip
 
     # Expressions as Python writes them, of items of named lists or of numbers; s is from -9 to 9. How often each is asked for,
     # and how often in the drill.
@@ -599,12 +618,16 @@ class Primer:
         ).split(),
     )  # fmt: skip
 
-    def __init__(self, max_items: int = 128, focus: str = "", stage: int = 3):
+    FORMS = _make_forms(random.Random("forms"), QUOTED)
+
+    def __init__(self, max_items: int = 128, focus: str = "", stage: int = 4):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
         self.stage = self.FOCUSED[focus] if focus else self.STAGES[stage]
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
-        kinds = (self._sums, self._arithmetic, self._lists, self._flags, self._quotation, self._records, self._values)
+        kinds = (
+            self._sums, self._arithmetic, self._lists, self._flags, self._quotation, self._records, self._values, self._forms
+        )  # fmt: skip
         return rng.choices(kinds, self.stage.parts)[0](rng)
 
     def _records(self, rng: random.Random) -> Context:
@@ -720,7 +743,7 @@ class Primer:
             "marks": ["1", "2"],
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
-        if self.stage.copies and alphabet == "integers" and rng.random() < 0.5:  # few, so that they come again
+        if self.stage.few and alphabet == "integers" and rng.random() < 0.5:
             symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
         if cost == 3:
@@ -987,6 +1010,30 @@ class Primer:
                     ask, choice = f"Put {ask}", f"[{choice}, {latest[1:]}"
                 reply = choice
             out += [given(("\n" if out else "") + text + ask), written(reply)]
+            text = ""
+        return out
+
+    def _forms(self, rng: random.Random) -> Context:
+        """Lists to be put into forms known by number: words learned by heart, to be gone on with after a long list."""
+        out: Context = []
+        lists: list[list[str]] = []
+        text, room = "", 2 * self.max_items  # items, roughly
+        while room > 0 and len(out) < 8:
+            for _ in range(rng.choice((1, 1, 2)) if lists else 2):
+                symbols = [str(i) for i in range(-9, rng.choice((10, 30, 100)))]
+                if rng.random() < 0.5:
+                    symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
+                n = len(lists[-1]) if lists and rng.random() < 0.7 else self._length(rng, 2)
+                lists.append(self._items(rng, symbols, n))
+                text += f"{self._name(rng, 3)}{rng.choice((':', ''))} [{', '.join(lists[-1])}]" + rng.choice(("\n", "\n", ", "))
+            number = rng.randrange(len(self.FORMS))
+            phrases, cuts = self.FORMS[number]
+            shown = lists[-2:] if len(cuts) == 2 else lists[-1:]
+            reply = phrases[0]
+            for items, cut, phrase in zip(shown, cuts, phrases[1:], strict=True):
+                reply += f" [{', '.join(items[cut:])}]{phrase}"
+            room -= 2 * sum(map(len, shown))
+            out += [given(("\n" if out else "") + text + f"form {number}: "), written(reply)]
             text = ""
         return out
 

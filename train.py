@@ -54,9 +54,9 @@ class TrainConfig:
     task: Literal[(*TASKS, "primer")] = "addition"
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
-    preset: Literal["tiny", "paper", "base", "base2", "base3"] = "tiny"
+    preset: Literal["tiny", "paper", "base", "base2", "base3", "base4"] = "tiny"
     """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the shipped base itself, from
-    scratch, and the second and third part of its training"""
+    scratch, and the parts of its training that follow"""
     base: Path = Path("checkpoints/tiny")
     """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
     out: Path = Path("runs")
@@ -152,7 +152,15 @@ PRESETS: dict[str, dict] = {
         task="primer", full=True, base=Path("runs/primer-2"), steps=2500, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
         decay=0.8, weight_decay=0.01, replay=0.0,
     ),
+    "base4": dict(
+        task="primer", full=True, base=Path("runs/primer-3"), steps=1600, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
+        decay=0.8, weight_decay=0.01, replay=0.0, stretch=4.0,
+    ),
 }  # fmt: skip
+
+
+# Of the primer, in the parts of the base's training; the first part begins with stage 0. All else has the last.
+STAGES = {"base": 1, "base2": 2, "base3": 3}
 
 
 def complete(c: TrainConfig) -> TrainConfig:
@@ -246,7 +254,7 @@ class Data:
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
         max_items = int(8 * (self.replayed.max_items / 8) ** difficulty)
-        stage = int(step >= 0.45 * self.c.steps) if self.c.from_scratch else 2 if self.c.preset == "base2" else 3
+        stage = int(step >= 0.45 * self.c.steps) if self.c.from_scratch else STAGES.get(self.c.preset, 4)
         primer = Primer(max_items, self.replayed.focus, stage)
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
@@ -270,7 +278,7 @@ class Data:
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
         rng = random.Random(f"validation-{self.c.seed}")
-        stage = {"base": 1, "base2": 2}.get(self.c.preset, 3)
+        stage = STAGES.get(self.c.preset, 4)
         task = Primer(stage=stage) if self.c.task == "primer" else TASKS[self.c.task]
         return [self.draw(task, rng) for _ in range(n)]
 
