@@ -430,7 +430,8 @@ def main(c: EvalConfig) -> None:
     for task, method, adapter in dict.fromkeys((cell.task, cell.method, cell.adapter) for cell in todo):
         lora.read_adapter_config(adapter)
         print(f"{task} by {method}: {adapter}")
-    name = "problems" if c.problems else "ood" if c.ood else "in-distribution"
+    beyond = any(cell.length > max(TASKS[cell.task].train_lengths) for cell in todo)
+    name = "problems" if c.problems else "ood" if c.ood or beyond else "in-distribution"
     settings = {
         "base": str(c.base),
         "device": str(device),

@@ -197,4 +197,4 @@ def test_interrupted_processes_stop_in_one_line_and_go_on(tmp_path):
     assert 0 < done < 60
     again = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert again.returncode == 0, again.stderr
-    assert [r["n"] for r in json.loads((tmp_path / "in-distribution.json").read_text())["results"]] == [30, 30]
+    assert [r["n"] for r in json.loads((tmp_path / "ood.json").read_text())["results"]] == [30, 30]
