@@ -715,6 +715,11 @@ class Primer:
             out[rng.randrange(n)] = rng.choice(alphabet)
         return out
 
+    @staticmethod
+    def _few(rng: random.Random) -> list[str]:
+        """Integers around 0 to draw a list from, so few that they come again in it."""
+        return [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
+
     def _falling(self, rng: random.Random, n: int) -> list[int]:
         """n integers, none larger than the one before, many the same."""
         step = rng.choice(self.stage.steps)
@@ -744,7 +749,7 @@ class Primer:
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
         if self.stage.few and alphabet == "integers" and rng.random() < 0.5:
-            symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
+            symbols = self._few(rng)
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
         if cost == 3:
             cost = 2 if alphabet == "integers" and not self.stage.copies else 1
@@ -1022,7 +1027,7 @@ class Primer:
             for _ in range(rng.choice((1, 1, 2)) if lists else 2):
                 symbols = [str(i) for i in range(-9, rng.choice((10, 30, 100)))]
                 if rng.random() < 0.5:
-                    symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
+                    symbols = self._few(rng)
                 n = len(lists[-1]) if lists and rng.random() < 0.7 else self._length(rng, 2)
                 lists.append(self._items(rng, symbols, n))
                 text += f"{self._name(rng, 3)}{rng.choice((':', ''))} [{', '.join(lists[-1])}]" + rng.choice(("\n", "\n", ", "))

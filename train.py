@@ -159,10 +159,6 @@ PRESETS: dict[str, dict] = {
 }  # fmt: skip
 
 
-# Of the primer, in the parts of the base's training; the first part begins with stage 0. All else has the last.
-STAGES = {"base": 1, "base2": 2, "base3": 3}
-
-
 def complete(c: TrainConfig) -> TrainConfig:
     """With the defaults that depend on task and method, where nothing else is given."""
     task = TASK_DEFAULTS.get(c.task, TaskDefaults())
@@ -254,8 +250,7 @@ class Data:
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
         max_items = int(8 * (self.replayed.max_items / 8) ** difficulty)
-        stage = int(step >= 0.45 * self.c.steps) if self.c.from_scratch else STAGES.get(self.c.preset, 4)
-        primer = Primer(max_items, self.replayed.focus, stage)
+        primer = Primer(max_items, self.replayed.focus, self.stage(step))
         for _ in range(self.c.batch_size):
             if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))
@@ -264,6 +259,12 @@ class Data:
         for example in examples:
             stretch(example, self.is_boundary, rng, self.c.stretch**difficulty)
         return examples
+
+    def stage(self, step: int) -> int:
+        """Of the primer: two of them from scratch, then one for each part of the base's training that follows."""
+        if self.c.from_scratch:
+            return int(step >= 0.45 * self.c.steps)
+        return {"base2": 2, "base3": 3}.get(self.c.preset, 4)
 
     def draw(self, task, rng: random.Random) -> Example:
         """An example that the base can take: of the primer another one is drawn, of a task all must fit."""
@@ -278,8 +279,7 @@ class Data:
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
         rng = random.Random(f"validation-{self.c.seed}")
-        stage = STAGES.get(self.c.preset, 4)
-        task = Primer(stage=stage) if self.c.task == "primer" else TASKS[self.c.task]
+        task = Primer(stage=self.stage(self.c.steps)) if self.c.task == "primer" else TASKS[self.c.task]
         return [self.draw(task, rng) for _ in range(n)]
 
 
