@@ -33,7 +33,8 @@ FAMILY = {
 
 def theirs(changes, *, mistral=False):
     """A model of transformers with weights large enough for a mistake to show in the logits."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = (transformers.MistralConfig if mistral else transformers.LlamaConfig)(**SMALL | changes)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -121,7 +122,8 @@ def test_dtype_and_memory_of_its_own(tmp_path):
 )
 def test_saved_models_are_read_by_transformers(name, tmp_path):
     """Load, merge an adapter into it, save, load in transformers."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model, tokenizer = llama.load(write(theirs(FAMILY[name]), tmp_path / "base"))
     lora.wrap(model, lora.LoRAConfig(4, 8.0))
     for layer in lora.lora_layers(model).values():
@@ -132,7 +134,8 @@ def test_saved_models_are_read_by_transformers(name, tmp_path):
 
 
 def test_their_rslora_adapter_of_all_layers_in_ours(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     reference = theirs(FAMILY["biases"])
     model, _ = llama.load(write(reference, tmp_path / "base"))
     config = peft.LoraConfig(r=8, lora_alpha=16, use_rslora=True, target_modules="all-linear", init_lora_weights=False)

@@ -89,7 +89,9 @@ def base_and_adapter(tmp_path, tokenizer):
 
 
 def test_ours_in_peft(base_and_adapter, tmp_path):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    import peft
+    import transformers
+
     base, adapter, model = base_and_adapter[0], tmp_path / "all", trained(ALL)
     lora.save_adapter(model, adapter, ALL, base=str(base))
     theirs = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -100,7 +102,9 @@ def test_ours_in_peft(base_and_adapter, tmp_path):
 
 @pytest.mark.parametrize("modules", [["q_proj", "k_proj", "v_proj", "o_proj"], ["q_proj", "lm_head"], "all-linear"])
 def test_theirs_in_ours(base_and_adapter, tmp_path, modules):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    import peft
+    import transformers
+
     base, _, _ = base_and_adapter
     theirs = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=modules, init_lora_weights=False)

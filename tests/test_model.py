@@ -21,7 +21,8 @@ SHAPES = [
 
 @pytest.mark.parametrize("changes", SHAPES)
 def test_logits_equal_transformers(changes, tokenizer, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model = random_model(**changes)
     llama.save(model, tokenizer, tmp_path, dtype=torch.float32)
     theirs = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
@@ -31,7 +32,8 @@ def test_logits_equal_transformers(changes, tokenizer, tmp_path):
 
 
 def test_shipped_base_equals_transformers():
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     model, tokenizer = llama.load(BASE)
     theirs = transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     context = Primer().training_context(random.Random(0))
@@ -115,15 +117,14 @@ def test_save_and_load(tokenizer, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "temporary files left"
 
 
-def tokenizers():
-    return [BASE / "tokenizer.model", LLAMA_TOKENIZER]
+needs_llamas_tokenizer = pytest.mark.skipif(not LLAMA_TOKENIZER.exists(), reason=f"{LLAMA_TOKENIZER} is not there")
 
 
-@pytest.mark.parametrize("path", tokenizers(), ids=["shipped", "llama"])
+@pytest.mark.parametrize(
+    "path", [BASE / "tokenizer.model", pytest.param(LLAMA_TOKENIZER, marks=needs_llamas_tokenizer)], ids=["shipped", "llama"]
+)
 def test_segments_stitch_to_the_text(path):
     """Stitched segments decode to the whole text; the ids are sentencepiece's where a boundary touches a newline or digit."""
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
     tokenizer, rng = Tokenizer(path), random.Random(0)
     for task, method in itertools.product(TASKS.values(), METHODS):
         for _ in range(40):
@@ -144,7 +145,7 @@ def test_segments_stitch_to_the_text(path):
     assert tokenizer.segment("") == []
 
 
-@pytest.mark.skipif(not LLAMA_TOKENIZER.exists(), reason=f"{LLAMA_TOKENIZER} is not there")
+@needs_llamas_tokenizer
 def test_ids_of_llamas_own_tokenizer():
     """Those of the templates, pinned: an adapter trained by others knows them, and no other."""
     tokenizer = Tokenizer(LLAMA_TOKENIZER)

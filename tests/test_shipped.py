@@ -51,7 +51,9 @@ def test_the_longest_scratchpad_that_fits(tokenizer):
 @pytest.mark.parametrize("task", [Addition, Parity], ids=["addition", "parity"])
 def test_greedy_text_equals_pefts(task):
     """Contexts, decoded token by token by transformers and peft from the same ids. Parity's adapter has an output layer."""
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    import peft
+    import transformers
+
     adapter = BASE / f"adapters/{task.name}-retuning"
     theirs = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32), adapter)
     model, tokenizer = llama.load(BASE)
