@@ -514,8 +514,11 @@ class DP:
         return DP.parse(text, method) == DP.oracle(p)
 
 
-def _make_forms(rng: random.Random, words: tuple[str, ...], n: int = 48) -> list[tuple[list[str], list[int]]]:
-    """For each form what is written before, between and after its lists, and whether a list goes without its first item."""
+def _make_forms(rng: random.Random, words: tuple[str, ...], n: int = 48, bare: float = 0) -> list[tuple[list[str], list[int]]]:
+    """For each form what is written before, between and after its lists, and whether a list goes without its first item.
+
+    A share `bare` of them ends with a list.
+    """
     forms = []
     for _ in range(n):
         cuts = [rng.choice((0, 0, 1)) for _ in range(rng.choice((1, 2, 2)))]
@@ -523,6 +526,8 @@ def _make_forms(rng: random.Random, words: tuple[str, ...], n: int = 48) -> list
         phrases += [rng.choice((",", ".", ":", "")) + " " + " ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in cuts]
         if rng.random() < 0.5:
             phrases[-1] = rng.choice(("", ".", "?"))
+        if bare and rng.random() < bare:
+            phrases[-1] = ""
         forms.append((phrases, cuts))
     return forms
 
@@ -568,10 +573,14 @@ class Primer:
         several: bool = False  # ... and several, mostly of short lists or of first items; lists may be falling
         drill: bool = False  # arithmetic is a drill of expressions
         few: bool = False  # half of the lists of integers have few different ones
+        # Values of expressions mostly have a place in a longer reply, before a list or after two; named lists stand in other
+        # text, where another list of a name that was there before does not count; forms may come before their lists.
+        placed: bool = False
         copies: bool = False  # nothing but copies of records, in whole or in part
 
     # From the second on there is more arithmetic, whose tokens are few beside those of copies, from the third more lists; the
-    # fourth drills sums compared with integers; in the last most is lists of integers, with many items that are the same.
+    # fourth drills sums compared with integers; in the fifth most is lists of integers, with many items that are the same, in
+    # the last values that are written before and after lists.
     STAGES = (
         Stage((10, 6, 24, 6, 7, 47, 0, 0), (0.6, 0.7, 0.8), value_first=False),
         Stage((8, 28, 26, 6, 7, 25, 0, 0), (0.6, 0.7, 0.8)),
@@ -583,6 +592,10 @@ class Primer:
         Stage(
             (2, 3, 18, 5, 2, 38, 24, 12), (0.2, 0.23, 0.28), lists=("bits", *["integers"] * 4, "marks"), named=0.5, falling=0.4,
             steps=(1, 2, 4, 5, 9), several=True, drill=True, few=True,
+        ),
+        Stage(
+            (4, 2, 46, 6, 2, 36, 6, 9), (0.55, 0.6, 0.65), lists=("bits", *["integers"] * 4, "marks"), named=0.5, falling=0.4,
+            steps=(1, 2, 4, 5, 9), several=True, drill=True, few=True, placed=True,
         ),
     )  # fmt: skip
     FOCUSED = {
@@ -618,9 +631,12 @@ class Primer:
         ).split(),
     )  # fmt: skip
 
+    # Before named lists; without those that would make a task's prompt of them.
+    SCATTERED = tuple(word for word in QUOTED if word not in ("dp", "item", "sum", "parity", "subsequences", "[0])", "[1])"))
     FORMS = _make_forms(random.Random("forms"), QUOTED)
+    REPLIES = _make_forms(random.Random("replies"), QUOTED, bare=0.8)  # of the same number, to a list that comes in later
 
-    def __init__(self, max_items: int = 128, focus: str = "", stage: int = 4):
+    def __init__(self, max_items: int = 128, focus: str = "", stage: int = 5):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
         self.stage = self.FOCUSED[focus] if focus else self.STAGES[stage]
 
@@ -883,7 +899,7 @@ class Primer:
     def _lists(self, rng: random.Random) -> Context:
         """Named lists, and what is asked of their first items: values of expressions, alone, before a list, or after lists."""
         out: Context = []
-        room = rng.randint(60, 60 + 2 * self.max_items)  # characters, roughly
+        room = rng.randint(60, 60 + (3 if self.stage.placed else 2) * self.max_items)  # characters, roughly
         taken: set[str] = set()  # names are not used again: each says which list is meant
         while room > 0 and len(taken) < 8:
             names = rng.sample([n for n in self.LISTS if n not in taken], rng.choice((2, 2, 3)))
@@ -901,7 +917,7 @@ class Primer:
             values: dict[str, str] = {}  # of expressions
             used: set[tuple[str, int]] = set()
             for _ in range(rng.randint(2, 5) if self.stage.several else 1):
-                template, value = self._expression(rng)
+                template, value = self._expression(rng, drill=self.stage.placed)
                 x, y, s = (self._place(rng, lists, names[1:] if v != "s" else names[:1]) for v in "xys")
                 if self.stage.several and rng.random() < 0.5:  # the first ones, most often in demand
                     x, y, s = (x[0], 0), (x[0], min(rng.choice((1, 1, 2)), len(lists[x[0]]) - 1)), (s[0], 0)
@@ -915,26 +931,39 @@ class Primer:
             shown = {name: rng.choice((name, name.capitalize() + ":", f"{rng.choice(self.WORDS)} {name}")) for name in names}
             separator = rng.choice(("\n", "\n", ", "))
             text = separator.join(f"{shown[name]} {lists[name]}" for name in names) + "\n"
+            if self.stage.placed:
+                text = self._scatter(rng, {shown[name]: lists[name] for name in names})
             asks = rng.sample(("value", "before", "rest", "join", "item"), rng.choice((1, 1, 2)))
             if self.stage.value_first:
                 asks = ["value", *asks]
             if result in ("True", "False"):
                 asks = ["value" if ask == "before" else ask for ask in asks]
-            for ask in (*dict.fromkeys(asks), *list(values)[1:]):
+            plan = [(ask, expression) for ask in dict.fromkeys(asks)] + [("value", e) for e in list(values)[1:]]
+            if self.stage.placed:
+                numbers, truths = ("value", "before", "before", "before", "before", "rest"), ("value", "rest", "rest", "join")
+                plan = [(rng.choice(truths if v in ("True", "False") else numbers), e) for e, v in values.items()]
+            for ask, expression in plan:
+                result = values[expression]
                 word, flag, target = rng.choice(self.WORDS), self._name(rng, 3), rng.choice(names)
                 two = rng.sample(names, 2)
-                if ask in values or ask == "value":
-                    asked = ask if ask in values else expression
-                    prompt, reply = f"{asked}{rng.choice((' = ', ': '))}", values[asked]
+                if ask == "value":
+                    prompt, reply = f"{expression}{rng.choice((' = ', ': '))}", result
                 elif ask == "before":  # the value, then a list
                     prompt = rng.choice((f"cons {expression} {target}: ", f"Put {expression} before {target}.\n{word}: "))
                     reply = f"[{', '.join([result, *map(str, lists[target])])}]"
+                    if self.stage.placed and rng.random() < 0.7:
+                        prompt = rng.choice(
+                            (f"cons {expression} {target} as {word}: ", f"Put {expression} before {target} as {word}.\n")
+                        )
+                        reply = f"{word}: {reply}"
+                    if self.stage.placed and rng.random() < 0.4:
+                        prompt = f"{rng.choice(self.WORDS)}: {prompt}"
                 elif ask == "item":
                     name, i = self._place(rng, lists, names)
                     prompt, reply = f"{name}[{i}]{rng.choice((' = ', ': '))}", str(lists[name][i])
                 else:  # two of the lists, or what is left of them without their first items, and a value
                     cut = 1 if ask == "rest" and min(len(lists[name]) for name in two) > 1 else 0
-                    end = f", {flag} {expression}" if rng.random() < 0.7 else ""
+                    end = f", {flag} {expression}" if rng.random() < 0.7 or self.stage.placed else ""
                     prompt = f"{'rest' if cut else 'join'} {two[0]}, {two[1]}{end}: "
                     reply = ", ".join(f"{shown[name].rstrip(':')} {lists[name][cut:]}" for name in two)
                     reply += f", {flag} {result}" if end else ""
@@ -942,6 +971,25 @@ class Primer:
                 room -= len(text) + len(prompt) + len(reply)
                 text = ""
         return out
+
+    def _scatter(self, rng: random.Random, lists: dict[str, list[int]]) -> str:
+        """Named lists among words, and among other lists: of a name that was there before, or of none."""
+
+        def words() -> str:
+            return "".join(f"{word} " for word in rng.choices(self.SCATTERED, k=rng.choice((0, 0, 1, 2, 4, 8))))
+
+        text = ""
+        before: list[str] = []
+        for name, items in lists.items():
+            text += f"{words()}{name} {items}"
+            before.append(name)
+            while rng.random() < 0.35:
+                like = rng.choice(before)
+                others = lists[like][1:] if rng.random() < 0.7 else self._falling(rng, len(items))
+                text += rng.choice(("\n", "\n", "\n", ", ", ". ")) + (f"{rng.choice(self.WORDS)}: " if rng.random() < 0.4 else "")
+                text += f"{words()}{like if rng.random() < 0.5 else 'of'} {others or [0]}"
+            text += rng.choice(("\n", "\n", "\n", ", ", ". ")) + (f"{rng.choice(self.WORDS)}: " if rng.random() < 0.3 else "")
+        return text[: text.rindex("]") + 1] + "\n"
 
     def _values(self, rng: random.Random) -> Context:
         """The drill of expressions again, where the numbers are to be found in short named lists."""
@@ -1020,6 +1068,8 @@ class Primer:
 
     def _forms(self, rng: random.Random) -> Context:
         """Lists to be put into forms known by number: words learned by heart, to be gone on with after a long list."""
+        if self.stage.placed and rng.random() < 0.7:
+            return self._leading_forms(rng)
         out: Context = []
         lists: list[list[str]] = []
         text, room = "", 2 * self.max_items  # items, roughly
@@ -1032,14 +1082,37 @@ class Primer:
                 lists.append(self._items(rng, symbols, n))
                 text += f"{self._name(rng, 3)}{rng.choice((':', ''))} [{', '.join(lists[-1])}]" + rng.choice(("\n", "\n", ", "))
             number = rng.randrange(len(self.FORMS))
-            phrases, cuts = self.FORMS[number]
-            shown = lists[-2:] if len(cuts) == 2 else lists[-1:]
-            reply = phrases[0]
-            for items, cut, phrase in zip(shown, cuts, phrases[1:], strict=True):
-                reply += f" [{', '.join(items[cut:])}]{phrase}"
+            shown = lists[-len(self.FORMS[number][1]) :]
             room -= 2 * sum(map(len, shown))
-            out += [given(("\n" if out else "") + text + f"form {number}: "), written(reply)]
+            out += [given(("\n" if out else "") + text + f"form {number}: "), written(self._fill(self.FORMS[number], shown))]
             text = ""
+        return out
+
+    @staticmethod
+    def _fill(form: tuple[list[str], list[int]], lists: list[list[str]]) -> str:
+        phrases, cuts = form
+        shown = [f" [{', '.join(items[cut:])}]{phrase}" for items, cut, phrase in zip(lists, cuts, phrases[1:], strict=True)]
+        return phrases[0] + "".join(shown)
+
+    def _leading_forms(self, rng: random.Random) -> Context:
+        """The same, where the number comes first, before the lists, and is to be kept in mind when another list comes in."""
+        number = rng.randrange(len(self.FORMS))
+        n = self._length(rng, 3)
+
+        def items() -> list[str]:
+            symbols = self._few(rng) if rng.random() < 0.5 else [str(i) for i in range(-9, rng.choice((10, 30, 100)))]
+            return self._items(rng, symbols, n if rng.random() < 0.8 else self._length(rng, 3))
+
+        lists = [items() for _ in self.FORMS[number][1]]
+        text = ", ".join(f"{self._name(rng, 3)} [{', '.join(x)}]" for x in lists)
+        reply = self._fill(self.FORMS[number], lists)
+        out = [given(f"form {number} {text}\n{rng.choice(self.WORDS)}: "), written(reply)]
+        if rng.random() < 0.7:
+            end = rng.random() < 0.7  # of the line, which is written
+            lists = [items(), lists[0]][: len(self.REPLIES[number][1])]
+            text = f"{rng.choice(self.WORDS)}: [{', '.join(lists[0])}]\n{rng.choice(self.WORDS)}: "
+            out[-1] = written(reply + "\n" * end)
+            out += [given("\n" * (not end) + text), written(self._fill(self.REPLIES[number], lists))]
         return out
 
     def _quotation(self, rng: random.Random) -> Context:

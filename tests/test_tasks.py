@@ -273,15 +273,18 @@ def test_values_of_the_primers_expressions_are_those_that_python_finds():
         for ask, reply in zip(context[::2], context[1::2], strict=True):
             given_lists, _, question = ask.text.strip("\n").rpartition("]\n")
             for name, items in re.findall(r"(\w+):? \[([^\]]*)\]", given_lists + "]"):
-                lists[name.lower()] = [int(i) for i in items.split(", ")]
+                lists.setdefault(name.lower(), [int(i) for i in items.split(", ")])  # the first of a name counts
 
             def value(expression: str, lists=lists) -> str:
                 python = re.sub(r"(\w+)\[", r"lists['\1'][", expression)
                 return str(eval(python, {"max": max, "lists": lists}))
 
-            if m := re.fullmatch(r"(?:Put (.*) before (\w+)\.\n\w+|cons (.*) (\w+)): ", question):
-                expression, target = m[1] or m[3], m[2] or m[4]
-                assert reply.text == str([int(value(expression)), *lists[target]])
+            if m := re.fullmatch(r"(?:\w+: )?Put (.*) before (\w+)(?: as (\w+)\.|\.\n\w+: )", question) or re.fullmatch(
+                r"(?:\w+: )?cons (.*[\])]) (\w+)(?: as (\w+))?: ", question
+            ):
+                label = f"{m[3]}: " if m[3] else ""
+                assert reply.text == label + str([int(value(m[1])), *lists[m[2]]])
+                kinds["label" if label else "no label"] += 1
             elif m := re.fullmatch(r"(rest|join) (\w+), (\w+)(?:, ([A-Za-z ]+?) (\w+\[.*|max\(.*))?: ", question):
                 cut = m[1] == "rest"
                 shown = [str(lists[name][cut:]) for name in (m[2], m[3])]
@@ -290,8 +293,8 @@ def test_values_of_the_primers_expressions_are_those_that_python_finds():
             else:
                 assert reply.text == value(re.sub("( = |: )$", "", question))
                 kinds[f"== {reply.text}"] += "==" in question
-            kinds[m[0].split()[0] if m else "value"] += 1
-    assert min(kinds[k] for k in ("Put", "cons", "rest", "join", "value", "== True", "== False")) > 30, kinds
+            kinds[re.sub(r"^\w+: ", "", m[0]).split()[0] if m else "value"] += 1
+    assert min(kinds[k] for k in ("Put", "cons", "rest", "join", "value", "label", "no label", "== True", "== False")) > 30, kinds
 
 
 def test_dp_trains_often_on_what_short_lists_seldom_have():
