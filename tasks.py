@@ -930,9 +930,11 @@ class Primer:
             rng.shuffle(names)
             shown = {name: rng.choice((name, name.capitalize() + ":", f"{rng.choice(self.WORDS)} {name}")) for name in names}
             separator = rng.choice(("\n", "\n", ", "))
-            text = separator.join(f"{shown[name]} {lists[name]}" for name in names) + "\n"
+            named = {shown[name]: lists[name] for name in names}
             if self.stage.placed:
-                text = self._scatter(rng, {shown[name]: lists[name] for name in names})
+                text = self._scatter(rng, named)
+            else:
+                text = separator.join(f"{name} {items}" for name, items in named.items()) + "\n"
             asks = rng.sample(("value", "before", "rest", "join", "item"), rng.choice((1, 1, 2)))
             if self.stage.value_first:
                 asks = ["value", *asks]
@@ -978,6 +980,10 @@ class Primer:
         def words() -> str:
             return "".join(f"{word} " for word in rng.choices(self.SCATTERED, k=rng.choice((0, 0, 1, 2, 4, 8))))
 
+        def between(label: float) -> str:
+            after = rng.choice(("\n", "\n", "\n", ", ", ". "))
+            return after + (f"{rng.choice(self.WORDS)}: " if rng.random() < label else "")
+
         text = ""
         before: list[str] = []
         for name, items in lists.items():
@@ -986,9 +992,8 @@ class Primer:
             while rng.random() < 0.35:
                 like = rng.choice(before)
                 others = lists[like][1:] if rng.random() < 0.7 else self._falling(rng, len(items))
-                text += rng.choice(("\n", "\n", "\n", ", ", ". ")) + (f"{rng.choice(self.WORDS)}: " if rng.random() < 0.4 else "")
-                text += f"{words()}{like if rng.random() < 0.5 else 'of'} {others or [0]}"
-            text += rng.choice(("\n", "\n", "\n", ", ", ". ")) + (f"{rng.choice(self.WORDS)}: " if rng.random() < 0.3 else "")
+                text += f"{between(0.4)}{words()}{like if rng.random() < 0.5 else 'of'} {others or [0]}"
+            text += between(0.3)
         return text[: text.rindex("]") + 1] + "\n"
 
     def _values(self, rng: random.Random) -> Context:

@@ -297,6 +297,28 @@ def test_values_of_the_primers_expressions_are_those_that_python_finds():
     assert min(kinds[k] for k in ("Put", "cons", "rest", "join", "value", "label", "no label", "== True", "== False")) > 30, kinds
 
 
+def test_forms_of_a_number_have_the_same_words_around_the_lists_that_were_given():
+    """Asked for after the lists, or before them; and the reply to a list that comes in later, by the number that came first."""
+    rng, words, seen = random.Random(8), {}, Counter()
+    primer, a_list = Primer(30), r"\[[^]]*\](?!\))"  # "[1])" is among the words
+    for _ in range(1500):
+        known: list[str] = []
+        number = later = None
+        for ask in (context := primer._forms(rng))[::2]:
+            known += re.findall(a_list, ask.text)
+            reply = context[context.index(ask) + 1].text.removesuffix("\n")
+            m = re.search(r"form (\d+)", ask.text)
+            number, later = (m[1], False) if m else (number, True)
+            shown = re.findall(a_list, reply)
+            rests = {re.sub(r"^\[-?\d+(, )?", "[", x) for x in known}
+            assert shown and all(x in known or x in rests for x in shown), (ask, reply)
+            frame = re.sub(a_list, "[]", reply)
+            assert words.setdefault((number, later), frame) == frame, (number, later)
+            seen["later" if later else "leading" if ask.text.startswith("form") else "after"] += 1
+    assert min(seen[k] for k in ("later", "leading", "after")) > 100, seen
+    assert len(words) > 1.9 * len(Primer.FORMS)
+
+
 def test_dp_trains_often_on_what_short_lists_seldom_have():
     """First items above 0 that a best sum leaves, or that may be taken or left, and sums of two digits."""
     rng = random.Random(5)
