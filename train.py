@@ -8,6 +8,7 @@ optimizer, the loop. A run leaves in runs/<task>-<method>/ the adapter, train_co
 """
 
 import contextlib
+import gc
 import json
 import math
 import pickle
@@ -750,6 +751,9 @@ def main() -> None:
     with lock(folder) if rank == 0 else contextlib.nullcontext():
         train(c, folder, model, tokenizer)
     if size > 1:
+        # The group's threads hold tensors, and one that lets go of its last while Python ends takes the process down.
+        del model
+        gc.collect()
         distributed.destroy_process_group()
 
 
