@@ -55,9 +55,9 @@ class TrainConfig:
     task: Literal[(*TASKS, "primer")] = "addition"
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
-    preset: Literal["tiny", "paper", "base", "base2", "base3", "base4", "base5"] = "tiny"
+    preset: Literal["tiny", "paper", "base", "base2", "base3"] = "tiny"
     """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the shipped base itself, from
-    scratch, and the parts of its training that follow"""
+    scratch, and the second and third part of its training"""
     base: Path = Path("checkpoints/tiny")
     """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
     out: Path = Path("runs")
@@ -152,14 +152,6 @@ PRESETS: dict[str, dict] = {
     "base3": dict(
         task="primer", full=True, base=Path("runs/primer-2"), steps=2500, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
         decay=0.8, weight_decay=0.01, replay=0.0,
-    ),
-    "base4": dict(
-        task="primer", full=True, base=Path("runs/primer-3"), steps=1600, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
-        decay=0.8, weight_decay=0.01, replay=0.0, stretch=4.0,
-    ),
-    "base5": dict(
-        task="primer", full=True, base=Path("runs/primer-4"), steps=1900, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
-        decay=0.9, weight_decay=0.01, replay=0.0, stretch=4.0,
     ),
 }  # fmt: skip
 
@@ -266,10 +258,10 @@ class Data:
         return examples
 
     def stage(self, step: int) -> int:
-        """Of the primer: two of them from scratch, then one for each part of the base's training that follows."""
+        """Of the primer: two from scratch, then one for each part of the base that follows; in rehearsal the last."""
         if self.c.from_scratch:
             return int(step >= 0.45 * self.c.steps)
-        return {"base2": 2, "base3": 3, "base4": 4}.get(self.c.preset, 5)
+        return 2 if self.c.preset == "base2" else 3
 
     def draw(self, task, rng: random.Random) -> Example:
         """An example that the base can take: of the primer another one is drawn, of a task all must fit."""
