@@ -82,9 +82,8 @@ class TrainConfig:
     """contexts per step"""
     micro_tokens: int = 4096
     """tokens per forward pass, or one context; a step takes as many passes as it needs"""
-    lr: float | None = None
-    """peak learning rate (default: TASK_DEFAULTS): reached after `warmup` steps, falling linearly to 0 over the last `decay` of
-    the run"""
+    lr: float = 3e-3
+    """peak learning rate: reached after `warmup` steps, falling linearly to 0 over the last `decay` of the run"""
     warmup: int = 50
     decay: float = 0.7
     weight_decay: float = 0.0
@@ -114,11 +113,9 @@ class TrainConfig:
 class TaskDefaults:
     """What suits a task on the shipped base: the best of what was tried (see the README), the same for all of its methods.
 
-    But for long scratchpads, which may want a smaller learning rate, and fewer steps for as many tokens.
+    But for long scratchpads, which get fewer steps for as many tokens.
     """
 
-    lr: float = 3e-3
-    scratchpad_lr: float = 3e-3
     steps: int = 1600
     scratchpad_steps: int | None = None  # None: as many
     targets: tuple[str, ...] = lora.LAYERS
@@ -131,7 +128,7 @@ class TaskDefaults:
 TASK_DEFAULTS = {
     "addition": TaskDefaults(targets=lora.BLOCK_LAYERS, focus="digits"),
     "parity": TaskDefaults(steps=600, focus="bits"),
-    "dp": TaskDefaults(steps=1700, scratchpad_lr=1.5e-3, scratchpad_steps=580, replay=0.2, focus="integers", max_items=96),
+    "dp": TaskDefaults(steps=1700, scratchpad_steps=580, replay=0.2, focus="integers", max_items=96),
 }
 
 PRESETS: dict[str, dict] = {
@@ -159,10 +156,8 @@ PRESETS: dict[str, dict] = {
 def complete(c: TrainConfig) -> TrainConfig:
     """With the defaults that depend on task and method, where nothing else is given."""
     task = TASK_DEFAULTS.get(c.task, TaskDefaults())
-    lr, steps = task.lr, task.steps
-    if c.method == "scratchpad":
-        lr, steps = task.scratchpad_lr, task.scratchpad_steps or steps
-    defaults = dict(lr=lr, steps=steps, targets=task.targets, replay=task.replay)
+    steps = c.method == "scratchpad" and task.scratchpad_steps or task.steps
+    defaults = dict(steps=steps, targets=task.targets, replay=task.replay)
     return replace(c, **{name: value for name, value in defaults.items() if getattr(c, name) is None})
 
 

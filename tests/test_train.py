@@ -192,7 +192,7 @@ def test_learning_rate():
 def test_defaults_of_a_task_give_way_to_flags_and_are_the_same_for_all_methods():
     for task in (*TASKS, "primer", "some new one"):
         chosen = [train.complete(train.TrainConfig(task=task, method=method)) for method in METHODS]
-        assert len({(c.targets, c.replay) for c in chosen}) == 1 and None not in chosen[0].__dict__.values()
+        assert len({(c.targets, c.replay, c.lr) for c in chosen}) == 1 and None not in chosen[0].__dict__.values()
         steps = {c.method: c.steps for c in chosen}
         if task == "dp":  # whole problems in a context: fewer of them, for as many tokens
             assert steps.pop("scratchpad") < steps["retuning"]
