@@ -156,7 +156,9 @@ PRESETS: dict[str, dict] = {
 def complete(c: TrainConfig) -> TrainConfig:
     """With the defaults that depend on task and method, where nothing else is given."""
     task = TASK_DEFAULTS.get(c.task, TaskDefaults())
-    steps = c.method == "scratchpad" and task.scratchpad_steps or task.steps
+    steps = task.steps
+    if c.method == "scratchpad" and task.scratchpad_steps:
+        steps = task.scratchpad_steps
     defaults = dict(steps=steps, targets=task.targets, replay=task.replay)
     return replace(c, **{name: value for name, value in defaults.items() if getattr(c, name) is None})
 
