@@ -168,14 +168,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
     mask        [B, 1, T, S], added to the scores: 0 where a query may look, else -inf; None: causal, with S = T.
 
-    In training on a CPU plain matrix products beat the fused kernel up to some length, above all in the backward pass. There the
-    heads that share a key/value head are stacked along T, so that no key is copied.
+    In training on a CPU plain matrix products beat the fused kernel up to some length, above all in the backward pass, and up to
+    a greater one in bf16 (see benchmarks/attention.py).
     """
+    longest = 1024 if q.dtype == torch.bfloat16 else 512
+    if q.is_cuda or (q.is_cpu and (not torch.is_grad_enabled() or q.shape[2] > longest)):
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
+    return plain_attention(q, k, v, mask)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same in matrix products. Heads that share a key/value head are stacked along T, so that no key is copied."""
     B, H, T, hd = q.shape
     K, S = k.shape[1:3]
-    plain = 1024 if q.dtype == torch.bfloat16 else 512  # tokens; products gain more by bf16 than the kernel does
-    if q.is_cuda or (q.is_cpu and (not torch.is_grad_enabled() or T > plain)):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
     if mask is None:
         mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     scores = (q.reshape(B, K, -1, hd) * hd**-0.5) @ k.transpose(2, 3)  # [B, K, (H / K) T, S]

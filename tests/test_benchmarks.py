@@ -18,6 +18,17 @@ COMMANDS = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_has_the_same_gradients_in_both_ways(dtype):
+    flags = ["--dtype", dtype, "--lengths", "40", "64", "--tokens", "100", "--repeats", "1"]
+    command = [sys.executable, ROOT / "benchmarks/attention.py", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines() if line.endswith("of the largest")]
+    assert [row[:2] for row in rows] == [["40", "2"], ["64", "1"]]
+    assert all(float(row[5]) < (1e-4 if dtype == "float32" else 0.05) for row in rows), done.stdout
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_same_tokens_in_all_ways(name):
     (script, *flags), n_ways = COMMANDS[name]

@@ -47,6 +47,25 @@ def reference(model, ids):
         return model(torch.tensor([ids]))[0]
 
 
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_in_training_equals_torchs(kv_heads, masked):
+    """Outputs and gradients of the plain products, and of whichever way is taken on either side of both lengths."""
+    generator = torch.Generator().manual_seed(3)
+    for dtype, n in itertools.product((torch.float32, torch.bfloat16), (7, 512, 513, 1025)):
+        q, k, v = (torch.randn(1, h, n, 16, generator=generator).to(dtype).requires_grad_() for h in (4, kv_heads, kv_heads))
+        mask = torch.full((n, n), float("-inf"), dtype=dtype).triu(1) if masked else None
+        repeated = [x.repeat_interleave(4 // kv_heads, dim=1).float() for x in (k, v)]
+        out = torch.nn.functional.scaled_dot_product_attention(q.float(), *repeated, is_causal=True)
+        expected = [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+        tolerance = dict(atol=1e-4, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.15, rtol=0.05)
+        for attend in (llama.attention, llama.plain_attention):
+            out = attend(q, k, v, mask)
+            found = [out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))]
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a.float(), b.float(), **tolerance)
+
+
 @pytest.mark.parametrize("changes", SHAPES)
 def test_cache_equals_no_cache(changes):
     """One token, many tokens, many onto a non-empty cache, in ragged rows, on some rows only."""
