@@ -62,6 +62,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(
             f"--device {name}: there is none on this machine; expected one of {', '.join(n for n in available if available[n])}"
         )
+    if name == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans for every new shape, for longer than many a pass takes
     return torch.device(name)
 
 

@@ -64,6 +64,8 @@ class Config:
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     """in fp32 every rung must write the same tokens"""
+    rungs: tuple[str, ...] = ()
+    """of (c) only those whose names contain one of these (default: all)"""
     json: bool = False
     """print a JSON object too"""
     profile: bool = False
@@ -351,6 +353,8 @@ def main(c: Config) -> None:
         def run() -> tuple[Contexts, int]:
             nonlocal peak
             e = (forced(engine, oracle) if oracle else engine)(model)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what torch holds after the rung before does not count as free
             memory = int(peak * of_peak) or free_bytes(device)
             contexts, forwarded, peak = ours(e, tokenizer, Limits(**limit | {"cache_bytes": memory} | limits), prompts[:n])
             return contexts, getattr(e, "forwarded", forwarded)
@@ -380,6 +384,8 @@ def main(c: Config) -> None:
             return contexts, forwarded
 
         rungs[f"    ... in {processes} processes"] = (c.n, in_processes)
+    if c.rungs:
+        rungs = {name: r for name, r in rungs.items() if "transformers" in name or any(part in name for part in c.rungs)}
     release.generate([tokenizer.start(prompts[0])])  # warm up
     rung(Engine, 1)()
     release.forwarded = 0
@@ -392,6 +398,7 @@ def main(c: Config) -> None:
         all_contexts[name], forwarded = run()
         synchronize(device)
         seconds = time.perf_counter() - began
+        print(f"{name.strip()}: {n} problems in {seconds:.1f} s", file=sys.stderr, flush=True)
         rows.append({
             "rung": name.strip(), "problems": n, "problems_per_second": n / seconds, "forwarded_per_problem": forwarded / n,
             "passes_per_problem": passes / n, "arithmetic": 2 * parameters * forwarded / seconds / arithmetic,

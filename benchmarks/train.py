@@ -209,11 +209,12 @@ def run(c: Config) -> dict:
         "way": c.way,
         "utilization": work / seconds / product,
         "examples_per_second": c.steps * c.batch_size / seconds,
+        "tokens_per_second": sum(len(e.tokens) for examples in steps[1:] for e in examples) / seconds,
         "target_tokens_per_second": sum(map(train.n_targets, steps[1:])) / seconds,
         "peak_bytes": peak,
         "final_loss": loss,
         "dtype": t.dtype,
-        "device": device.type,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
 
@@ -266,12 +267,14 @@ def main(c: Config) -> None:
         f"{c.task} by {c.method}, {c.shape} base, {c.batch_size} contexts a step, {first['dtype']}, {first['device']}, "
         f"{first['threads']} threads"
     )
-    print(f"{'':<34}{'examples/s':>11}{'targets/s':>11}{'used':>7}{'peak MB':>9}{'loss':>9}{'speed x':>16}{'memory x':>16}")
+    columns = f"{'examples/s':>11}{'tokens/s':>10}{'targets/s':>11}{'used':>7}{'peak MB':>9}{'loss':>9}"
+    print(f"{'':<34}{columns}{'speed x':>16}{'memory x':>16}")
     for r in results:
         against = [(r["examples_per_second"] / x["examples_per_second"], r["peak_bytes"] / x["peak_bytes"]) for x in results[:2]]
         speed, size = (" / ".join(f"{a[i]:.2f}" for a in against) for i in (0, 1))
         print(
-            f"{WAYS[r['way']]:<34}{r['examples_per_second']:>11.1f}{r['target_tokens_per_second']:>11.0f}{r['utilization']:>7.1%}"
+            f"{WAYS[r['way']]:<34}{r['examples_per_second']:>11.1f}{r['tokens_per_second']:>10.0f}"
+            f"{r['target_tokens_per_second']:>11.0f}{r['utilization']:>7.1%}"
             f"{r['peak_bytes'] / 1e6:>9.0f}{r['final_loss']:>9.4f}{speed:>16}{size:>16}"
         )
     print("speed and memory: against the release's way / its best")
