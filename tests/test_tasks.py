@@ -310,6 +310,16 @@ def test_dp_trains_often_on_what_short_lists_seldom_have():
     assert {len(DP.draw(rng, n)) for n in (1, 2, 3) for _ in range(50)} == {1, 2, 3}
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_dp_trains_more_often_on_longer_lists(method):
+    """In proportion to their length; whole problems have two items at least."""
+    rng = random.Random(9)
+    starts = [DP.training_context(rng, method)[0].text for _ in range(6000)]
+    lengths = Counter(len(integers(re.search(r"\[.*?\]", start)[0])) for start in starts)
+    shares = [lengths[n] / n for n in range(2, 6)]
+    assert max(shares) < 1.3 * min(shares) and sum(lengths[n] for n in range(2, 6)) > 0.9 * len(starts), lengths
+
+
 @pytest.mark.parametrize("focus", ["bits", "integers"])
 def test_a_primer_of_one_kind_of_lists_holds_no_task(focus):
     """Lists of the kind alone, longer than a task's in training, and nothing that has the form of a task's context."""
