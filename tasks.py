@@ -487,15 +487,15 @@ class DP:
 
     @staticmethod
     def training_context(rng: random.Random, method: str) -> Context:
-        """Every method sees lists of the same lengths, long ones more often: there are so few short ones that they are learned by
-        heart, and not what they have in common.
+        """Every method sees lists of the same lengths: each about equally often, but for retuning in proportion to its length.
 
-        For retuning whole problems, which leave nothing to be decided, are a third as many as the other kinds; so are marks whose
-        first item cannot be used, against those where it can.
+        There are so few short lists that an adapter learns by heart what it is to call with them; what a scratchpad is to write
+        it learns better if they are not that rare. For retuning whole problems, which leave nothing to be decided, are a third as
+        many as the other kinds; so are marks whose first item cannot be used, against those where it can.
         """
         kind = rng.choices(("whole", "sums", "marks"), (1, 3, 3))[0] if method == "retuning" else "whole"
         lengths = range(DP.train_lengths[0] if kind == "whole" else 1, DP.train_lengths[-1] + 1)
-        (n,) = rng.choices(lengths, lengths)
+        n = rng.choices(lengths, lengths)[0] if method == "retuning" else rng.choice(lengths)
         while True:
             p = DP.Problem(DP.draw(rng, n), kind, can_use=kind != "marks" or rng.random() < 0.75)
             if not any(map(DP.held_out, DP.solved(p, method))):

@@ -128,7 +128,7 @@ class TaskDefaults:
 TASK_DEFAULTS = {
     "addition": TaskDefaults(targets=lora.BLOCK_LAYERS, focus="digits"),
     "parity": TaskDefaults(steps=600, focus="bits"),
-    "dp": TaskDefaults(steps=1700, scratchpad_steps=595, replay=0.2, focus="integers", max_items=96),
+    "dp": TaskDefaults(steps=1700, scratchpad_steps=580, replay=0.2, focus="integers", max_items=96),
 }
 
 PRESETS: dict[str, dict] = {
