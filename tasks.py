@@ -489,9 +489,9 @@ class DP:
     def training_context(rng: random.Random, method: str) -> Context:
         """Every method sees lists of the same lengths: each about equally often, but for retuning in proportion to its length.
 
-        There are so few short lists that an adapter learns by heart what it is to call with them; what a scratchpad is to write
-        it learns better if they are not that rare. For retuning whole problems, which leave nothing to be decided, are a third as
-        many as the other kinds; so are marks whose first item cannot be used, against those where it can.
+        There are so few short lists that an adapter seems to learn by heart what it is to call with them; scratchpads are learned
+        better if they are not that rare (see the README). For retuning whole problems, which leave nothing to be decided, are a
+        third as many as the other kinds; so are marks whose first item cannot be used, against those where it can.
         """
         kind = rng.choices(("whole", "sums", "marks"), (1, 3, 3))[0] if method == "retuning" else "whole"
         lengths = range(DP.train_lengths[0] if kind == "whole" else 1, DP.train_lengths[-1] + 1)
