@@ -55,6 +55,7 @@ def find_folder(path: Path) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
+    """The device of that name (auto: the best there is), with torch set up for it; UserError where there is none."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(n for n, there in available.items() if there)
