@@ -29,7 +29,6 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lora
@@ -45,8 +44,8 @@ except ImportError:  # not on Windows: runs are not locked there
 
 IGNORE = -100  # the label where nothing is to be predicted
 
-# The shape of a base from scratch, that of the shipped one: 3.7 million parameters.
-TINY = dict(dim=192, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, max_seq_len=4096)
+# The shape of a base from scratch, that of the shipped one: 2.9 million parameters.
+TINY = dict(dim=192, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, max_seq_len=4096)
 
 
 @dataclass
@@ -56,9 +55,9 @@ class TrainConfig:
     task: Literal[(*TASKS, "primer")] = "addition"
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
-    preset: Literal["tiny", "paper", "base", "base2", "base3", "base4"] = "tiny"
+    preset: Literal["tiny", "paper", "base", "base2", "base3"] = "tiny"
     """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the shipped base itself, from
-    scratch, and the three further parts of its training"""
+    scratch, and the second and third part of its training"""
     base: Path = Path("checkpoints/tiny")
     """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
     out: Path = Path("runs")
@@ -129,7 +128,7 @@ class TaskDefaults:
 TASK_DEFAULTS = {
     "addition": TaskDefaults(targets=lora.BLOCK_LAYERS, focus="digits"),
     "parity": TaskDefaults(steps=600, focus="bits"),
-    "dp": TaskDefaults(steps=2200, scratchpad_steps=580, replay=0.1, focus="integers", max_items=96),
+    "dp": TaskDefaults(steps=1700, scratchpad_steps=580, replay=0.2, focus="integers", max_items=96),
 }
 
 PRESETS: dict[str, dict] = {
@@ -140,20 +139,16 @@ PRESETS: dict[str, dict] = {
         stretch=1.0, replay=0.0,
     ),
     "base": dict(
-        task="primer", full=True, from_scratch=True, steps=9600, batch_size=64, micro_tokens=32768, lr=3e-3, warmup=50,
-        decay=0.6, weight_decay=0.01, replay=0.0, save_every=1000,
+        task="primer", full=True, from_scratch=True, steps=4400, batch_size=48, micro_tokens=8192, lr=3e-3, warmup=20, decay=0.5,
+        weight_decay=0.01, replay=0.0,
     ),
     "base2": dict(
-        task="primer", full=True, base=Path("runs/primer"), steps=1850, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
+        task="primer", full=True, base=Path("runs/primer"), steps=2600, batch_size=48, micro_tokens=8192, lr=2e-3, warmup=50,
         decay=0.8, weight_decay=0.01, replay=0.0,
     ),
     "base3": dict(
         task="primer", full=True, base=Path("runs/primer-2"), steps=2500, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
         decay=0.8, weight_decay=0.01, replay=0.0,
-    ),
-    "base4": dict(  # of the same mixture, but other contexts
-        task="primer", full=True, base=Path("runs/primer-3"), steps=7337, batch_size=160, micro_tokens=65536, lr=3e-3, warmup=100,
-        decay=0.8, weight_decay=0.01, replay=0.0, save_every=1000, seed=4,
     ),
 }  # fmt: skip
 
@@ -244,7 +239,7 @@ class Data:
         self.is_boundary = boundaries(tokenizer)
         self.replayed = TASK_DEFAULTS.get(c.task, TaskDefaults())
 
-    def __getitem__(self, step: int) -> list[Example]:
+    def step(self, step: int) -> list[Example]:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
@@ -260,10 +255,10 @@ class Data:
         return examples
 
     def stage(self, step: int) -> int:
-        """Of the primer: from scratch one after the other, then one for each part that follows; in rehearsal the last."""
+        """Of the primer: two from scratch, then one for each part of the base that follows; in rehearsal the last."""
         if self.c.from_scratch:
-            return sum(start <= step / self.c.steps for start in Primer.STARTS) - 1
-        return len(Primer.STAGES) - (2 if self.c.preset == "base2" else 1)
+            return int(step >= 0.45 * self.c.steps)
+        return 2 if self.c.preset == "base2" else 3
 
     def draw(self, task, rng: random.Random) -> Example:
         """An example that the base can take: of the primer another one is drawn, of a task all must fit."""
@@ -632,12 +627,11 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
 
     began, clock, fed = time.monotonic() - seconds, Clock(), 0
     hidden = True if rank else None  # a bar for the first process, where there is a terminal
-    workers = 2 if c.full and device.type == "cuda" else 0  # to draw the examples of a small base takes as long as a step
-    batches = DataLoader(data, batch_size=None, sampler=range(start, c.steps), collate_fn=list, num_workers=workers)
-    bar = tqdm(batches, initial=start, total=c.steps, unit="step", disable=hidden, mininterval=1.0)
-    for step, examples in enumerate(bar, start):
+    bar = tqdm(range(start, c.steps), initial=start, total=c.steps, unit="step", disable=hidden, mininterval=1.0)
+    for step in bar:
         model.train()
         torch.manual_seed(hash((c.seed, step, rank)) % 2**31)  # dropout
+        examples = data.step(step)
         targets, tokens = n_targets(examples), sum(len(e.tokens) for e in examples)
         shares = [micro_batches(share, c.micro_tokens) for share in fair_shares(examples, size)]
         for optimizer in opts:
