@@ -136,7 +136,7 @@ def test_save_and_load(tokenizer, tmp_path):
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "temporary files left"
 
 
-needs_llamas_tokenizer = pytest.mark.skipif(not LLAMA_TOKENIZER.exists(), reason=f"{LLAMA_TOKENIZER} is not there")
+needs_llamas_tokenizer = pytest.mark.skipif(not LLAMA_TOKENIZER.is_file(), reason=f"{LLAMA_TOKENIZER} is not there")
 
 
 @pytest.mark.parametrize(
