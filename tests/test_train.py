@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -384,30 +383,3 @@ def test_muon_is_that_of_torch_in_fp32():
     theirs = run(lambda params: torch.optim.Muon(params, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     for x, y in zip(ours, theirs, strict=True):
         assert (x - y).norm() < 0.02 * y.norm()  # theirs is in bf16
-
-
-def test_the_optimizer_of_an_adapter():
-    """Muon has all its matrices; a preset may ask for AdamW, with its own decay of moments."""
-    c = train.complete(train.TrainConfig(base=BASE, device="cpu", dtype="float32"))
-    model, _ = train.build(c)
-    (optimizer,) = train.optimizers(c, model)
-    assert isinstance(optimizer, train.Muon)
-    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in train.trainable(model).values()}
-    (optimizer,) = train.optimizers(replace(c, **train.PRESETS["paper"]), model)
-    assert isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["betas"] == (0.9, 0.999)
-
-
-def test_the_temperature_of_the_loss(tokenizer):
-    """Logits are divided by it: the loss is that of an output layer whose weights are so much smaller."""
-    model, batch = random_model(), train.pack(examples(tokenizer), random_model())
-    hot, plain = train.loss_sum(model, batch, temperature=4.0).item(), train.loss_sum(model, batch).item()
-    with torch.no_grad():
-        model.output.weight /= 4
-    assert abs(train.loss_sum(model, batch).item() / hot - 1) < 1e-5
-    assert abs(hot / plain - 1) > 1e-3
-
-
-def test_the_temperature_rises_from_one():
-    c = train.TrainConfig(task="dp", steps=10, temperature=6.0)
-    assert [train.temperature(c, step) for step in (0, 5, 10)] == [1.0, 3.5, 6.0]
-    assert {train.temperature(replace(c, temperature=1.0), step) for step in range(10)} == {1.0}
