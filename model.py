@@ -186,7 +186,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
     B, H, T, hd = q.shape
     K, S = k.shape[1:3]
     if mask is None:
-        mask = causal_mask(q, T)
+        mask = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     scores = (q.reshape(B, K, -1, hd) * hd**-0.5) @ k.transpose(2, 3)  # [B, K, (H / K) T, S]
     weights = torch.softmax(scores.view(B, H, T, S) + mask, dim=-1)
     return (weights.view(B, K, -1, S) @ v).view(B, H, T, hd)
@@ -211,57 +211,41 @@ class Attention(nn.Module):
         return self.wo(attend(q, k, v).flatten(-2))
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Each row is a context of its own: q [B, T, H, hd], k and v [B, T, K, hd] -> [B, T, H, hd].
 
-    Padding is on the right, so a causal mask, which is what None stands for, hides it from every real token.
+    Padding is on the right, so a causal mask hides it from every real token.
     """
-    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask).transpose(1, 2)
+    return attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None).transpose(1, 2)
 
 
 class Packed:
     """Contexts one after another: attention stays within each, q [N, H, hd], k and v [N, K, hd] -> [N, H, hd].
 
-    lengths   of the contexts. What is beyond their sum is padding, and gets zeros. Neighbours of one length share a product.
-    key_bias  [N], added to all scores of a token's key
+    lengths  of the contexts. What is beyond their sum is padding, and gets zeros. Neighbours of one length share a product.
     """
 
-    def __init__(self, lengths: list[int], device: torch.device, key_bias: Tensor | None = None):
+    def __init__(self, lengths: list[int], device: torch.device):
         if device.type == "cuda":  # one padded call: many small kernels would cost more than the padding
             columns = torch.arange(max(lengths), device=device)
             self.real = (columns < torch.tensor(lengths, device=device)[:, None]).nonzero(as_tuple=True)
         self.lengths, self.used = lengths, sum(lengths)
         self.groups = [(length, len(list(same))) for length, same in itertools.groupby(lengths)]
-        self.key_bias = key_bias
-        self.masks: list[Tensor | None] = []  # of each group, for queries of the same dtype
+        self.mask: Tensor | None = None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         padding = q.new_zeros(len(q) - self.used, *q.shape[1:])
         q, k, v = (x[: self.used] for x in (q, k, v))
         if q.is_cuda:
             shape = len(self.lengths), max(self.lengths)
-            if self.key_bias is not None and not self.masks:
-                bias = pad(self.key_bias[: self.used].to(q.dtype), self.real, shape)
-                self.masks = [causal_mask(q, shape[1]) + bias[:, None, None]]
-            mask = self.masks[0] if self.masks else None
-            return torch.cat((attend_rows(*(pad(x, self.real, shape) for x in (q, k, v)), mask)[self.real], padding))
-        sizes = [length * count for length, count in self.groups]
-        if not self.masks or self.masks[0].dtype != q.dtype:
-            mask = causal_mask(q, max(self.lengths))  # of the longest, whose upper left corners serve the others
-            self.masks = [mask[:n, :n] for n, _ in self.groups]
-            if self.key_bias is not None:
-                biases = self.key_bias[: self.used].to(q.dtype).split(sizes)
-                self.masks = [m + b.view(-1, 1, 1, len(m)) for m, b in zip(self.masks, biases, strict=True)]
-        out = []
-        for (n, count), mask, *qkv in zip(self.groups, self.masks, *(x.split(sizes) for x in (q, k, v)), strict=True):
+            return torch.cat((attend_rows(*(pad(x, self.real, shape) for x in (q, k, v)))[self.real], padding))
+        if self.mask is None or self.mask.dtype != q.dtype:  # of the longest, whose upper left corners serve the others
+            self.mask = q.new_full((max(self.lengths),) * 2, float("-inf")).triu(1)
+        out, sizes = [], [length * count for length, count in self.groups]
+        for (n, count), *qkv in zip(self.groups, *(x.split(sizes) for x in (q, k, v)), strict=True):
             qi, ki, vi = (x.unflatten(0, (count, n)).transpose(1, 2) for x in qkv)
-            out.append(attention(qi, ki, vi, mask).transpose(1, 2).flatten(0, 1))
+            out.append(attention(qi, ki, vi, self.mask[:n, :n]).transpose(1, 2).flatten(0, 1))
         return torch.cat((*out, padding))
-
-
-def causal_mask(like: Tensor, n: int) -> Tensor:
-    """[n, n], to be added to scores: 0 where a query may look, else -inf."""
-    return like.new_full((n, n), float("-inf")).triu(1)
 
 
 def pad(x: Tensor, real: tuple[Tensor, Tensor], shape: tuple[int, int]) -> Tensor:
@@ -330,8 +314,6 @@ class LLaMA(nn.Module):
         n_new: Tensor | None = None,
         select: Tensor | None = None,
         lengths: list[int] | None = None,
-        key_bias: Tensor | None = None,
-        reading: tuple[Tensor, Tensor] | None = None,
         gradient_checkpointing: bool = False,
     ) -> Tensor:
         """Logits of the next token.
@@ -345,9 +327,6 @@ class LLaMA(nn.Module):
         select      as tokens, bool: where logits are wanted. The last feed-forward and the output layer see no other place.
         lengths     of the contexts packed into tokens [N]; what is beyond is padding. They see nothing of each other. Without a
                     cache only.
-        key_bias    as tokens, packed: added to all scores of a token's key. ln(m) is what m such keys are together.
-        reading     (other ids, share from 0 to 1), both as tokens: an embedding is so far on the way to that of the other id.
-                    In training only.
 
         Returns [*tokens.shape, vocab_size], or [select.sum(), vocab_size]. Raises ValueError where a context would outgrow
         `max_seq_len`.
@@ -360,7 +339,7 @@ class LLaMA(nn.Module):
         if longest > self.config.max_seq_len:
             raise ValueError(f"a context of {longest} tokens exceeds the model's {self.config.max_seq_len}")
         if cache is None:
-            attends: list[Attend] = [Packed(lengths, tokens.device, key_bias) if lengths else attend_rows] * len(self.layers)
+            attends: list[Attend] = [Packed(lengths, tokens.device) if lengths else attend_rows] * len(self.layers)
             if positions is None:
                 counted = [*lengths, T - sum(lengths)] if lengths else [T]
                 positions = torch.cat([torch.arange(n, device=tokens.device) for n in counted]).expand(tokens.shape)
@@ -382,9 +361,6 @@ class LLaMA(nn.Module):
             n_selected, select = len(select), fill_up(select, unit)
         cos, sin = rotary_angles(positions, self.config)
         x = self.tok_embeddings(tokens)  # [B, T, D], or [N, D] if packed or with a cache
-        if reading is not None:
-            other, share = reading
-            x = x.lerp(self.tok_embeddings(other), share[..., None].to(x.dtype))
         for layer, attend in zip(self.layers, attends, strict=True):
             wanted = select if layer is self.layers[-1] else None
             if gradient_checkpointing and torch.is_grad_enabled():

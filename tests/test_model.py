@@ -1,7 +1,6 @@
 """The model against transformers, the cache against no cache, strict loading, the tokenizer's segments."""
 
 import itertools
-import math
 import random
 
 import pytest
@@ -191,19 +190,3 @@ def test_decode_never_fails(tokenizer):
     rng = random.Random(0)
     for _ in range(300):
         assert isinstance(tokenizer.decode([rng.randrange(600) for _ in range(rng.randrange(30))]), str)
-
-
-def test_a_key_with_a_bias_of_ln_3_is_three_keys():
-    """The last query of each of two packed contexts of 5, the first of which has its third key three times."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(10, 4, 8), torch.randn(10, 2, 8), torch.randn(10, 2, 8)
-    bias = torch.zeros(10)
-    bias[2] = math.log(3)
-    out = llama.Packed([5, 5], q.device, bias)(q, k, v)
-    for first, kept in ((0, [0, 1, 2, 2, 2, 3, 4]), (5, [5, 6, 7, 8, 9])):
-        last = first + 4
-        keys, values = (x[kept].repeat_interleave(2, 1) for x in (k, v))
-        scores = torch.einsum("hd,shd->hs", q[last], keys) / 8**0.5
-        expected = torch.einsum("hs,shd->hd", scores.softmax(-1), values)
-        assert torch.allclose(out[last], expected, atol=1e-5)
-    assert not torch.allclose(out[4], llama.Packed([5, 5], q.device)(q, k, v)[4], atol=1e-3)
