@@ -111,7 +111,7 @@ def peft_model(c: Config, theirs, folder: Path):
 def contexts(c: Config, t: train.TrainConfig, tokenizer: llama.Tokenizer, max_seq_len: int) -> list[list[Example]]:
     """Examples of each step, and of one before them to warm up."""
     if not c.context_tokens:
-        return [train.Data(t, tokenizer, max_seq_len)[i] for i in range(c.steps + 1)]
+        return [train.Data(t, tokenizer, max_seq_len).step(i) for i in range(c.steps + 1)]
     rng, n = random.Random(0), c.context_tokens
 
     def example() -> Example:

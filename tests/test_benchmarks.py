@@ -1,16 +1,10 @@
 """The benchmarks run, and what they compare is the same work: every way writes the same tokens. No time is looked at."""
 
-import importlib
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
-from conftest import BASE, ROOT
-
-import lora
-import model as llama
-import train
+from conftest import ROOT
 
 COMMANDS = {
     "steps": (
@@ -44,54 +38,3 @@ def test_same_tokens_in_all_ways(name):
     verdicts = [line.split()[-1] for line in table if line.split()[-1] in ("yes", "NO")]
     assert verdicts and set(verdicts) == {"yes"}, done.stdout
     assert len(verdicts) in n_ways, done.stdout
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """benchmarks/gpu.py, with room for all contexts of the first steps; models are not saved but kept, and not evaluated."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    gpu = importlib.import_module("gpu")
-    of = gpu.Shape.of
-    monkeypatch.setattr(gpu.Shape, "of", lambda data: of(data, share=1.0))
-    monkeypatch.setattr(train, "evaluate", lambda *_: 0.0)
-    monkeypatch.setattr(train, "quick_decode", lambda *_: 0.0)
-    gpu.kept = []
-    monkeypatch.setattr(llama, "save", lambda model, *_: gpu.kept.append(dict(model.named_parameters())))
-    monkeypatch.setattr(lora, "save_adapter", lambda model, *_, **__: gpu.kept.append(train.trainable(model)))
-    return gpu
-
-
-def trained(c, tmp_path):
-    """(parameters before, train.py's after it)"""
-    model, tokenizer = train.build(c)
-    before = {name: p.detach().clone() for name, p in train.trainable(model).items()}
-    train.train(c, train.new_run(replace(c, out=tmp_path)), model, tokenizer)
-    return before, train.trainable(model)
-
-
-def assert_same_updates(before, one, other):
-    off, size = (sum(((a[n] - b[n]) ** 2).sum().item() for n in before) ** 0.5 for a, b in ((one, other), (one, before)))
-    assert size > 0 and off < 0.02 * size, (off, size)
-
-
-@pytest.mark.parametrize(("task", "weaken", "temperature"), [("parity", 0.0, 1.0), ("parity", 0.5, 4.0), ("dp", 0.2, 4.0)])
-def test_adapters_of_several_seeds_are_those_of_train(gpu, tmp_path, monkeypatch, task, weaken, temperature):
-    """Of the same contexts (lessons too), in steps of the same size; their gradients are clipped one by one."""
-    monkeypatch.setitem(train.TASK_DEFAULTS, task, replace(train.TASK_DEFAULTS[task], weaken=weaken, temperature=temperature))
-    flags = dict(task=task, method="retuning", base=BASE, steps=3, batch_size=3, device="cpu", dtype="float32")
-    gpu.train_adapters(gpu.Adapters(**flags, seeds=(0, 1), out=tmp_path / "many", workers=0))
-    many = list(gpu.kept)
-    for seed in (0, 1):
-        before, alone = trained(train.complete(train.TrainConfig(**flags, seed=seed)), tmp_path)
-        assert_same_updates(before, alone, many[seed])
-        with pytest.raises(AssertionError):
-            assert_same_updates(before, alone, many[1 - seed])
-
-
-def test_a_base_is_that_of_train(gpu, tmp_path, monkeypatch):
-    small = train.PRESETS["base7"] | dict(base=BASE, steps=3, batch_size=3)
-    monkeypatch.setitem(train.PRESETS, "base7", small)
-    gpu.train_base(gpu.Base(out=tmp_path / "gpu", device="cpu", dtype="float32", workers=0))
-    c = train.complete(train.TrainConfig(**small, preset="base7", device="cpu", dtype="float32"))
-    before, alone = trained(c, tmp_path)
-    assert_same_updates(before, alone, gpu.kept[0])
