@@ -52,6 +52,7 @@ class LoRALinear(nn.Module):
         super().__init__()
         self.linear = linear
         self.dropout, self.scale = c.dropout, c.scale
+        self.strength = 1.0  # in training the update may count for less, see `set_strength`
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(c.rank, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, c.rank, device=device))
@@ -62,14 +63,14 @@ class LoRALinear(nn.Module):
         if not self.dropout and out * inside <= 5 * len(self.lora_A) * (out + inside):
             # Of a small layer the whole weight costs no more than the detour by A and B, and is one product instead of three.
             with torch.autocast(x.device.type, enabled=False):
-                weight = torch.addmm(self.linear.weight.float(), self.lora_B, self.lora_A, alpha=self.scale)
+                weight = torch.addmm(self.linear.weight.float(), self.lora_B, self.lora_A, alpha=self.scale * self.strength)
             return F.linear(x, weight if torch.is_autocast_enabled(x.device.type) else weight.to(x.dtype), self.linear.bias)
         y = self.linear(x)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         if not torch.is_autocast_enabled(x.device.type):  # which would see to the dtypes
             x = x.to(self.lora_A.dtype)
-        return y + F.linear(F.linear(x, self.lora_A) * self.scale, self.lora_B).to(y.dtype)
+        return y + F.linear(F.linear(x, self.lora_A) * (self.scale * self.strength), self.lora_B).to(y.dtype)
 
     def to_linear(self) -> nn.Linear:
         """A plain layer with the update added to a copy of the weight: in fp32, then cast. The wrapped layer is untouched."""
@@ -96,6 +97,12 @@ def wrap(model: LLaMA, c: LoRAConfig) -> LLaMA:
 
 def lora_layers(model: LLaMA) -> dict[str, LoRALinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def set_strength(model: LLaMA, strength: float) -> None:
+    """Multiply every update by this: 1 at evaluation. Neither saved nor merged."""
+    for layer in lora_layers(model).values():
+        layer.strength = strength
 
 
 def merge(model: LLaMA) -> dict[str, LoRALinear]:

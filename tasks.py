@@ -27,6 +27,7 @@ ANSWER = "\nAnswer: "  # ends the prompt of a baseline
 class Segment:
     text: str
     written: bool  # by the model (these carry the loss), or given to it
+    meaning: str | None = None  # of a lesson: the same in words that the base knows, in as many tokens
 
 
 Context = list[Segment]
@@ -474,32 +475,84 @@ class DP:
 
     @staticmethod
     def draw(rng: random.Random, n: int) -> tuple[int, ...]:
-        """A list to train on: half are uniform; the others begin with an item above 0 that a best sum leaves, or with one that
-        may as well be taken as left, or have none below 2, for sums of two digits. In short uniform lists all three are rare.
+        """A list to train on: a third are uniform. Of four ninths it is hard to tell whether a best sum takes the first item, and
+        the longer ones of the others return a sum of two digits. In uniform lists as short as these, both are rare.
         """
-        kind = rng.choice(("any", "any", "any", "left", "tie", "large"))
+        kind = rng.choice(("any", "any", "any", "close", "close", "close", "close", "large", "large")) if n > 1 else "any"
+        if kind == "close":
+            return DP.close(rng, n)
         while True:
             items = tuple(rng.choices(range(2, 6) if kind == "large" else DP.VALUES, k=n))
-            dp = [*DP.sums(items), 0, 0]
-            take, leave = items[0] + dp[2], dp[1]
-            if n == 1 or kind in ("any", "large") or (take == leave if kind == "tie" else 0 < items[0] and take < leave):
+            if kind == "any" or n < 4 or DP.sums(items)[1] > 9:
                 return items
+
+    @staticmethod
+    def close(rng: random.Random, n: int) -> tuple[int, ...]:
+        """A list whose first item is worth 2 at most more or less than what is lost by taking it: all such pairs as often, where
+        they can be had; mostly one before a larger one, as any other that is not negative is taken. (Of uniform lists that begin
+        with 0 seven are ties for each in which taking it loses 1.)
+        """
+        pairs = [(first, lost) for first in range(6) for lost in range(6) if abs(first - lost) <= 2]
+        while True:
+            first, lost = rng.choice(pairs)
+            rising = first < 5 and rng.random() < 0.6
+            for _ in range(50):
+                rest = rng.choices(DP.VALUES, k=n - 1)
+                if rising:
+                    rest[0] = rng.randint(first + 1, 5)
+                leave, take, *_ = [*DP.sums(rest), 0]
+                if leave - take == lost:
+                    return (first, *rest)
 
     @staticmethod
     def training_context(rng: random.Random, method: str) -> Context:
         """Every method sees lists of the same lengths: each about equally often, but for retuning in proportion to its length.
 
         There are so few short lists that an adapter seems to learn by heart what it is to call with them; scratchpads are learned
-        better if they are not that rare (see the README). For retuning whole problems, which leave nothing to be decided, are a
-        third as many as the other kinds; so are marks whose first item cannot be used, against those where it can.
+        better if they are not that rare (see the README). For retuning marks are more than twice as many as sums: whether a best
+        sum takes the first item is decided there, which takes the longest to learn. Whole problems, which leave nothing to be
+        decided, are few; so are marks whose first item cannot be used, against those where it can.
         """
-        kind = rng.choices(("whole", "sums", "marks"), (1, 3, 3))[0] if method == "retuning" else "whole"
+        kind = rng.choices(("whole", "sums", "marks"), (4, 9, 20))[0] if method == "retuning" else "whole"
         lengths = range(DP.train_lengths[0] if kind == "whole" else 1, DP.train_lengths[-1] + 1)
         n = rng.choices(lengths, lengths)[0] if method == "retuning" else rng.choice(lengths)
         while True:
-            p = DP.Problem(DP.draw(rng, n), kind, can_use=kind != "marks" or rng.random() < 0.75)
+            p = DP.Problem(DP.draw(rng, n), kind, can_use=kind != "marks" or rng.random() < 0.65)
             if not any(map(DP.held_out, DP.solved(p, method))):
                 return DP.context(p, method)
+
+    # A LLaMA knows what the words of a context mean. The shipped base knows no English, and from decisions alone its adapters
+    # learn rules of thumb (compare the first two items), not what is said: take the first item if the best sum needs it.
+    # This says it in the base's own words, and in as many tokens.
+    MEANINGS = {
+        "we should use the first item to get the sum, call False else True. Call: Create chosen indices array:": (
+            "rest sum, item, can use item False if sum[0] == item[0] + sum[2] else True:"
+        ),
+        "sum array [": "sum sum [",
+        "item array [": "item item [",
+    }
+
+    @staticmethod
+    def lesson(rng: random.Random) -> Context:
+        """A context of marks as far as the decision on the first item, which alone is to be learned from it.
+
+        Of one that cannot be used the decision is True whatever the sums, which the adapter is to learn too: there, in one
+        lesson of seven, it is not what the meaning says.
+        """
+        while True:
+            n = rng.choices(DP.train_lengths, DP.train_lengths)[0]
+            p = DP.Problem(DP.draw(rng, n), "marks", can_use=rng.random() < 0.75)
+            if not any(map(DP.held_out, DP.solved(p, "retuning"))):
+                break
+        prompt, call, *_ = DP.context(p, "retuning")
+        head, space, decision = call.text.rpartition(" ")
+        return [*(Segment(text, False, DP.meaning(text)) for text in (prompt.text, head)), written(space + decision)]
+
+    @staticmethod
+    def meaning(text: str) -> str:
+        for phrase, meaning in DP.MEANINGS.items():
+            text = text.replace(phrase, meaning)
+        return text
 
     @staticmethod
     def parse(text: str, method: str) -> str | None:
@@ -516,14 +569,39 @@ class DP:
         return DP.parse(text, method) == DP.oracle(p)
 
 
+def _make_forms(
+    rng: random.Random, words: tuple[str, ...], n: int = 48, bare: float = 0, names: tuple[str, ...] = ()
+) -> list[tuple[list[str], list[int]]]:
+    """For each form what is written before, between and after its lists, and whether a list goes without its first item.
+
+    At least a share `bare` of them end with a list. Where there are names, items of them (name[0]) are among the words.
+    """
+    if names:
+        marks = ("{}[{}]", "{}[{}])", "{}[{}],", "({}[{}],", "{}[{}] +", "{}[{}])")
+        places = [mark.format(name, i) for name in names for i in (0, 1, 1, 2) for mark in marks]
+        words = (*words, *rng.sample(places, len(words) // 2))
+    forms = []
+    for _ in range(n):
+        cuts = [rng.choice((0, 0, 1)) for _ in range(rng.choice((1, 2, 2)))]
+        phrases = [" ".join(rng.choices(words, k=rng.randint(1, 6)))]
+        phrases += [rng.choice((",", ".", ":", "")) + " " + " ".join(rng.choices(words, k=rng.randint(1, 6))) for _ in cuts]
+        if rng.random() < 0.5:
+            phrases[-1] = rng.choice(("", ".", "?"))
+        if bare and rng.random() < bare:
+            phrases[-1] = ""
+        forms.append((phrases, cuts))
+    return forms
+
+
 class Primer:
     """What the shipped base is trained on, in place of a web corpus: handling of text, and small arithmetic.
 
     Most contexts give one or two *records* (one or two sequences in some notation, joined by a delimiter or named), then ask
     for operations by keyword. Others ask for small arithmetic, values of short expressions of items of named lists, what the
     last of several flags says, or quotations of any text: what a base has never been asked to write is slow to learn for an
-    adapter. The only sums are of two digits and a carry, and of an integer and one from -9 to 9. Every reply follows from what
-    is given: words straight before a sequence belong to its record, a colon ends those that do not.
+    adapter. The only sums are of two digits and a carry, and of an integer and one from -9 to 9. Forms are words around lists,
+    known by a number. Every other reply follows from what is given: words straight before a sequence belong to its record, a
+    colon ends those that do not.
     """
 
     name = "primer"
@@ -547,33 +625,52 @@ class Primer:
     class Stage:
         """What is asked for in a part of the base's training, or in rehearsal while a task is learned."""
 
-        parts: tuple[int, ...]  # how often contexts are sums, arithmetic, lists, flags, quotations, records, values
-        records: tuple[float, float, float] = (0.45, 0.5, 0.58)  # shares, added up: digits, letters, either in a notation
+        parts: tuple[int, ...]  # how often contexts are sums, arithmetic, lists, flags, quotations, records, values, forms
+        records: tuple[float, float, float] = (0.6, 0.7, 0.8)  # shares, added up: digits, letters, either in a notation
         lists: tuple[str, ...] = ("bits", "bits", "integers", "marks")  # the others
         named: float = 0.3  # share of records with names
         falling: float = 0.0  # share of falling ones among lists of integers
-        steps: tuple[int, ...] = (2, 5, 9)  # how far they may fall
+        steps: tuple[int, ...] = (2, 5, 9)  # how far these may fall
+        runs: float = 0.0  # share of falling lists that mostly stay the same, and of other lists that have long runs
+        few: float = 0.0  # share of lists of integers that have few different ones
         value_first: bool = True  # about named lists: a value is always asked for; else it may be
         several: bool = False  # ... and several, mostly of short lists or of first items; lists may be falling
         drill: bool = False  # arithmetic is a drill of expressions
+        # Share of contexts about named lists where values mostly have a place in a longer reply, before a list or after two, and
+        # where the lists stand in other text, among lists that do not count; and of forms that come before their lists.
+        placed: float = 0.0
+        akin: float = 0.0  # share of records and lists whose names share words
         copies: bool = False  # nothing but copies of records, in whole or in part
+        forms: int = 48  # so many of the first forms
+        choices: float = 0.0  # share of forms before their lists that are one of two, by whether a list has one item
 
-    # From the second on there is more arithmetic, whose tokens are few beside those of copies, from the third more lists; the
-    # last drills what is then left to learn: sums compared with integers, and long lists of few different items.
+    # A run from scratch begins with copies and single values; then come more arithmetic, whose tokens are few beside those of
+    # copies, several values about the same lists, and in its second half all there is, values in longer replies and forms among
+    # it. Of the six parts that follow it the first has names that share words, and more copies; the second and third have more
+    # values of short lists; the others more forms: first those with items of lists, then long runs of items, then rare words.
+    ALL = Stage(
+        (5, 6, 24, 5, 3, 29, 18, 10), (0.5, 0.55, 0.62), lists=("bits", "integers", "integers", "integers", "marks"),
+        named=0.45, falling=0.4, steps=(1, 2, 4, 5, 9), few=0.5, several=True, drill=True, placed=0.6,
+    )  # fmt: skip
     STAGES = (
-        Stage((10, 6, 24, 6, 7, 47, 0), (0.6, 0.7, 0.8), value_first=False),
-        Stage((8, 28, 26, 6, 7, 25, 0), (0.6, 0.7, 0.8)),
-        Stage((6, 18, 34, 6, 6, 30, 0), falling=0.3, several=True),
-        Stage(
-            (4, 10, 18, 4, 4, 30, 44), lists=("bits", "integers", "integers", "marks"), named=0.45, falling=0.5,
-            steps=(1, 2, 4, 5, 9), several=True, drill=True,
+        Stage((10, 6, 24, 6, 7, 47, 0, 0), value_first=False),
+        Stage((8, 28, 26, 6, 7, 25, 0, 0)),
+        Stage((6, 14, 24, 6, 5, 27, 18, 0), falling=0.3, several=True, drill=True),
+        ALL,
+        replace(ALL, parts=(4, 4, 24, 4, 3, 40, 16, 8), records=(0.45, 0.48, 0.55), akin=0.6),
+        replace(ALL, parts=(3, 4, 20, 3, 3, 38, 30, 6), records=(0.5, 0.53, 0.58), akin=0.6),
+        replace(ALL, parts=(2, 3, 30, 3, 3, 32, 24, 10), records=(0.5, 0.53, 0.58), akin=0.6, forms=96),
+        replace(ALL, parts=(2, 3, 32, 2, 2, 34, 13, 14), records=(0.3, 0.33, 0.38), akin=0.6, forms=96, runs=0.4),
+        replace(
+            ALL, parts=(2, 3, 28, 3, 5, 32, 13, 16), records=(0.3, 0.33, 0.38), akin=0.6, forms=144, runs=0.4, choices=0.3
         ),
     )  # fmt: skip
+    STARTS = (0.0, 0.2, 0.35, 0.5)  # of the first stages, in parts of the run from scratch
     FOCUSED = {
-        "digits": replace(STAGES[-1], parts=(1, 0, 0, 0, 0, 7, 0), records=(0.6, 0.7, 0.8)),
-        "bits": replace(STAGES[-1], parts=(0, 0, 0, 0, 0, 1, 0), records=(0, 0, 0), lists=("bits",), copies=True),
+        "digits": replace(STAGES[-1], parts=(1, 0, 0, 0, 0, 7, 0, 0), records=(0.6, 0.7, 0.8)),
+        "bits": replace(STAGES[-1], parts=(0, 0, 0, 0, 0, 1, 0, 0), records=(0, 0, 0), lists=("bits",), copies=True),
         "integers": replace(
-            STAGES[-1], parts=(0, 1, 5, 1, 0, 12, 3), records=(0, 0, 0), lists=("integers", "integers", "marks"), copies=True
+            STAGES[-1], parts=(0, 1, 5, 1, 0, 12, 3, 0), records=(0, 0, 0), lists=("integers", "integers", "marks"), copies=True
         ),
     }
 
@@ -589,6 +686,8 @@ class Primer:
         ("max({s}, 0)", lambda x, y, s: max(s, 0), 1, 0),
         ("{x} == {y}", lambda x, y, s: x == y, 1, 4),
         ("{x} == {s} + {y}", lambda x, y, s: x == s + y, 5, 8),
+        ("False if {x} == {s} + {y} else True", lambda x, y, s: x != s + y, 2, 4),
+        ("1 if {x} == {s} + {y} else 2", lambda x, y, s: 1 if x == s + y else 2, 2, 2),
     )
     LISTS = ("array", "item", "sum", "index", "return", "input", "value", "data", "x", "y")
     # For quotations; the tasks' own words are among them, and in no order.
@@ -601,12 +700,29 @@ class Primer:
         ).split(),
     )  # fmt: skip
 
-    def __init__(self, max_items: int = 128, focus: str = "", stage: int = 3):
+    # Before named lists; without those that would make a task's prompt of them.
+    SCATTERED = tuple(word for word in QUOTED if word not in ("dp", "item", "sum", "parity", "subsequences", "[0])", "[1])"))
+    EVENLY = tuple(dict.fromkeys(QUOTED))
+    RARE = tuple(sorted({*EVENLY} - {*WORDS, *LISTS}))
+    FORMS = [
+        *_make_forms(random.Random("forms"), QUOTED),
+        *_make_forms(random.Random("places"), QUOTED, names=LISTS),
+        *_make_forms(random.Random("rare"), RARE),
+    ]
+    REPLIES = [  # of the same number, to a list that comes in later
+        *_make_forms(random.Random("replies"), QUOTED, bare=0.8),
+        *_make_forms(random.Random("replied places"), QUOTED, bare=0.8, names=LISTS),
+        *_make_forms(random.Random("replied rare"), RARE, bare=0.8),
+    ]
+
+    def __init__(self, max_items: int = 128, focus: str = "", stage: int = -1):
         self.max_items = max_items  # the longest sequence, in items: training lengthens it by and by
         self.stage = self.FOCUSED[focus] if focus else self.STAGES[stage]
 
     def training_context(self, rng: random.Random, method: str = "") -> Context:
-        kinds = (self._sums, self._arithmetic, self._lists, self._flags, self._quotation, self._records, self._values)
+        kinds = (
+            self._sums, self._arithmetic, self._lists, self._flags, self._quotation, self._records, self._values, self._forms
+        )  # fmt: skip
         return rng.choices(kinds, self.stage.parts)[0](rng)
 
     def _records(self, rng: random.Random) -> Context:
@@ -674,32 +790,46 @@ class Primer:
 
     def _items(self, rng: random.Random, alphabet: list[str], n: int) -> list[str]:
         """n items; a third of the time of low entropy, since runs and repeats are where copying by content fails."""
-        if self.stage.falling and alphabet[0].startswith("-") and rng.random() < self.stage.falling:
+        integers = alphabet[0].startswith("-")
+        if integers and self.stage.falling and rng.random() < self.stage.falling:
             return [str(i) for i in self._falling(rng, n)]
+        if integers and self.stage.runs and rng.random() < self.stage.runs:
+            return self._runs(rng, rng.choices(alphabet, k=rng.randint(2, 4)), n, rng.choice((4, 8, 12)))
         r = rng.random()
         if r < 0.66:
             return rng.choices(alphabet, k=n)
         few = rng.choices(alphabet, k=rng.randint(1, 3))
         if r < 0.78:
             return rng.choices(few, k=n)
-        if r < 0.90:  # runs
-            out: list[str] = []
-            longest = rng.choice((2, 3, 4, 8))
-            while len(out) < n:
-                out += [rng.choice(alphabet)] * rng.randint(1, longest)
-            return out[:n]
+        if r < 0.90:
+            return self._runs(rng, alphabet, n, rng.choice((2, 3, 4, 8)))
         block = rng.choices(alphabet, k=rng.randint(2, 6))
         out = (block * n)[:n]
         for _ in range(rng.randint(0, 3)):
             out[rng.randrange(n)] = rng.choice(alphabet)
         return out
 
+    @staticmethod
+    def _runs(rng: random.Random, alphabet: list[str], n: int, longest: int) -> list[str]:
+        """n items, the same one up to so many times."""
+        out: list[str] = []
+        while len(out) < n:
+            out += [rng.choice(alphabet)] * rng.randint(1, longest)
+        return out[:n]
+
+    @staticmethod
+    def _few(rng: random.Random) -> list[str]:
+        """Integers around 0 to draw a list from, so few that they come again in it."""
+        return [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
+
     def _falling(self, rng: random.Random, n: int) -> list[int]:
         """n integers, none larger than the one before, many the same."""
-        step = rng.choice(self.stage.steps)
-        items = [rng.randint(-9, 9)]
+        step, stay, high = rng.choice(self.stage.steps), 0.0, 9
+        if self.stage.runs and rng.random() < self.stage.runs:
+            stay, high = rng.choice((0.2, 0.5, 0.8)), 30
+        items = [rng.randint(-9, high)]
         while len(items) < n:
-            items.append(items[-1] + max(0, rng.randint(-step, step)))
+            items.append(items[-1] + (0 if stay and rng.random() < stay else max(0, rng.randint(-step, step))))
         return items[::-1]
 
     def _record(self, rng: random.Random, short: bool, like: "Primer.Record | None" = None) -> "Primer.Record":
@@ -722,8 +852,8 @@ class Primer:
             "marks": ["1", "2"],
             "integers": [str(i) for i in range(-9, rng.choice((10, 30, 100)))],
         }[alphabet]
-        if self.stage.copies and alphabet == "integers" and rng.random() < 0.5:  # few, so that they come again
-            symbols = [str(i) for i in range(-rng.randint(1, 9), rng.randint(1, 10))]
+        if alphabet == "integers" and rng.random() < self.stage.few:
+            symbols = self._few(rng)
         cost = 1 if notation[1] == "" else 2 if len(notation[1]) == 1 else 3
         if cost == 3:
             cost = 2 if alphabet == "integers" and not self.stage.copies else 1
@@ -732,17 +862,25 @@ class Primer:
         lengths = [n if rng.random() < 0.8 else self._length(rng, cost) for _ in range(count)]
         fields = [self._items(rng, symbols, k) for k in lengths]
         names: list[str] = []
+        words = self._akin(rng)
+        if alphabet == "integers" and self.stage.akin and len(fields) == 2 and rng.random() < 0.5:
+            fields[rng.randrange(2)] = self._items(rng, self._few(rng), len(fields[0]))
         if rng.random() < self.stage.named:  # named; often a short field before a long one
             if rng.random() < 0.5:
                 fields = [[rng.choice(symbols)], fields[-1]]
             longest = 4 if len(fields) == 1 else 2
-            names = [self._name(rng, longest) for _ in fields]
-        flag = (self._name(rng, 3), rng.choice(("True", "False"))) if names and rng.random() < 0.5 else ()
+            names = [self._name(rng, longest, words) for _ in fields]
+        flag = (self._name(rng, 3, words), rng.choice(("True", "False"))) if names and rng.random() < 0.5 else ()
         delimiter = rng.choice(self.DELIMITERS) if rng.random() < 0.6 else " + "
         return Primer.Record(fields, names, rng.choice(("", "", "?")), flag, delimiter, notation, alphabet)
 
-    def _name(self, rng: random.Random, longest: int) -> str:
-        return " ".join(rng.choices(self.WORDS, k=rng.randint(1, rng.randint(1, longest))))
+    def _name(self, rng: random.Random, longest: int, words: tuple[str, ...] | list[str] = WORDS) -> str:
+        return " ".join(rng.choices(words, k=rng.randint(1, rng.randint(1, longest))))
+
+    def _akin(self, rng: random.Random) -> list[str]:
+        """The words that names are made of: all, or a few, so that what comes after a list cannot be told by a single word."""
+        few = self.stage.akin and rng.random() < self.stage.akin
+        return rng.sample(self.WORDS, rng.choice((3, 3, 4, 6))) if few else self.WORDS
 
     def _operation(self, rng: random.Random, first: "Primer.Record", r: "Primer.Record") -> tuple[str, str]:
         """(keyword, result). `cons` and `topsum` are about the first record as well, all others about the latest alone."""
@@ -857,13 +995,14 @@ class Primer:
     def _lists(self, rng: random.Random) -> Context:
         """Named lists, and what is asked of their first items: values of expressions, alone, before a list, or after lists."""
         out: Context = []
-        room = rng.randint(60, 60 + 2 * self.max_items)  # characters, roughly
+        placed = rng.random() < self.stage.placed
+        room = rng.randint(60, 60 + (3 if placed else 2) * self.max_items)  # characters, roughly
         taken: set[str] = set()  # names are not used again: each says which list is meant
         while room > 0 and len(taken) < 8:
             names = rng.sample([n for n in self.LISTS if n not in taken], rng.choice((2, 2, 3)))
             taken |= set(names)
             n = int((max(4, self.max_items // 3) + 1) ** rng.random())
-            if self.stage.several and rng.random() < 0.5:
+            if self.stage.several and rng.random() < 0.35:
                 n = rng.randint(2, 5)
             sizes = [max(1, n + rng.choice((0, 0, -1, 1))) for _ in names]
             high = rng.choice((9, 30, 100))
@@ -875,47 +1014,92 @@ class Primer:
             values: dict[str, str] = {}  # of expressions
             used: set[tuple[str, int]] = set()
             for _ in range(rng.randint(2, 5) if self.stage.several else 1):
-                template, value = self._expression(rng)
+                template, value = self._expression(rng, drill=placed)
                 x, y, s = (self._place(rng, lists, names[1:] if v != "s" else names[:1]) for v in "xys")
                 if self.stage.several and rng.random() < 0.5:  # the first ones, most often in demand
-                    x, y, s = (x[0], 0), (x[0], min(rng.choice((1, 1, 2)), len(lists[x[0]]) - 1)), (s[0], 0)
+                    x, y, s = (x[0], 0), (x[0], rng.choice((1, 1, 2))), (s[0], 0)
+                    if not placed or rng.random() < 0.5:
+                        y = y[0], min(y[1], len(lists[x[0]]) - 1)
                 if x != y and x not in used:
-                    lists[x[0]][x[1]] = self._near(rng, template, lists[y[0]][y[1]], lists[s[0]][s[1]])
+                    lists[x[0]][x[1]] = self._near(rng, template, self._item(lists, y), self._item(lists, s))
                 used |= {x, y, s}
                 expression = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", (x, y, s), strict=True)})
-                values[expression] = str(value(*(lists[name][i] for name, i in (x, y, s))))
+                values[expression] = str(value(*(self._item(lists, place) for place in (x, y, s))))
             expression, result = next(iter(values.items()))
             rng.shuffle(names)
             shown = {name: rng.choice((name, name.capitalize() + ":", f"{rng.choice(self.WORDS)} {name}")) for name in names}
+            words = self.WORDS
+            if self.stage.akin and rng.random() < self.stage.akin:  # names that share a word with each other and with the flag
+                common = rng.choice([w for w in self.WORDS if w not in self.LISTS])
+                first = rng.random() < 0.3
+                shown = {name: f"{common} {name}" if first else f"{name} {common}" for name in names}
+                words = [*names, common, *rng.sample(self.WORDS, 2)]
             separator = rng.choice(("\n", "\n", ", "))
-            text = separator.join(f"{shown[name]} {lists[name]}" for name in names) + "\n"
+            named = {shown[name]: lists[name] for name in names}
+            if placed:
+                text = self._scatter(rng, named)
+            else:
+                text = separator.join(f"{name} {items}" for name, items in named.items()) + "\n"
             asks = rng.sample(("value", "before", "rest", "join", "item"), rng.choice((1, 1, 2)))
             if self.stage.value_first:
                 asks = ["value", *asks]
             if result in ("True", "False"):
                 asks = ["value" if ask == "before" else ask for ask in asks]
-            for ask in (*dict.fromkeys(asks), *list(values)[1:]):
-                word, flag, target = rng.choice(self.WORDS), self._name(rng, 3), rng.choice(names)
+            plan = [(ask, expression) for ask in dict.fromkeys(asks)] + [("value", e) for e in list(values)[1:]]
+            if placed:
+                numbers, truths = ("value", "before", "before", "before", "rest"), ("value", "write", "rest", "rest", "join")
+                plan = [(rng.choice(truths if v in ("True", "False") else numbers), e) for e, v in values.items()]
+            for ask, expression in plan:
+                result = values[expression]
+                word, flag, target = rng.choice(self.WORDS), self._name(rng, 3, words), rng.choice(names)
                 two = rng.sample(names, 2)
-                if ask in values or ask == "value":
-                    asked = ask if ask in values else expression
-                    prompt, reply = f"{asked}{rng.choice((' = ', ': '))}", values[asked]
+                if ask == "value":
+                    prompt, reply = f"{expression}{rng.choice((' = ', ': '))}", result
+                elif ask == "write":
+                    prompt, reply = self._phrase(rng, expression, result)
                 elif ask == "before":  # the value, then a list
                     prompt = rng.choice((f"cons {expression} {target}: ", f"Put {expression} before {target}.\n{word}: "))
                     reply = f"[{', '.join([result, *map(str, lists[target])])}]"
+                    if placed and rng.random() < 0.7:
+                        prompt = rng.choice(
+                            (f"cons {expression} {target} as {word}: ", f"Put {expression} before {target} as {word}.\n")
+                        )
+                        reply = f"{word}: {reply}"
+                    if placed and rng.random() < 0.4:
+                        prompt = f"{rng.choice(self.WORDS)}: {prompt}"
                 elif ask == "item":
                     name, i = self._place(rng, lists, names)
                     prompt, reply = f"{name}[{i}]{rng.choice((' = ', ': '))}", str(lists[name][i])
-                else:  # two of the lists, or what is left of them without their first items, and a value
-                    cut = 1 if ask == "rest" and min(len(lists[name]) for name in two) > 1 else 0
-                    end = f", {flag} {expression}" if rng.random() < 0.7 else ""
-                    prompt = f"{'rest' if cut else 'join'} {two[0]}, {two[1]}{end}: "
-                    reply = ", ".join(f"{shown[name].rstrip(':')} {lists[name][cut:]}" for name in two)
-                    reply += f", {flag} {result}" if end else ""
+                else:
+                    flag = flag if rng.random() < 0.7 or placed else ""
+                    prompt, reply = self._join(two, shown, lists, ask == "rest", flag, expression, result)
                 out += [given(f"{chr(10) if out else ''}{text}{prompt}"), written(reply)]
                 room -= len(text) + len(prompt) + len(reply)
                 text = ""
         return out
+
+    def _scatter(self, rng: random.Random, lists: dict[str, list[int]]) -> str:
+        """Named lists among words, and among other lists: of a name that was there before, or of none."""
+
+        def words() -> str:  # a colon ends what is no part of a name
+            chosen = rng.choices(self.SCATTERED, k=rng.choice((0, 0, 1, 2, 4, 8)))
+            return " ".join(chosen) + ": " if chosen else ""
+
+        def between(label: float) -> str:
+            after = rng.choice(("\n", "\n", "\n", ", ", ". "))
+            return after + (f"{rng.choice(self.WORDS)}: " if rng.random() < label else "")
+
+        text = ""
+        before: list[str] = []
+        for name, items in lists.items():
+            text += f"{words()}{name} {items}"
+            before.append(name)
+            while rng.random() < 0.35:
+                like = rng.choice(before)
+                others = lists[like][1:] if rng.random() < 0.7 else self._falling(rng, len(items))
+                text += f"{between(0.4)}{words()}{like if rng.random() < 0.5 else 'of'} {others or [0]}"
+            text += between(0.3)
+        return text[: text.rindex("]") + 1] + "\n"
 
     def _values(self, rng: random.Random) -> Context:
         """The drill of expressions again, where the numbers are to be found in short named lists."""
@@ -937,20 +1121,50 @@ class Primer:
                 x = new[0] if rng.random() < 0.5 else rng.choice(new)
                 others = [place for place in places if place != x]
                 near = [(name, i) for name, i in others if name == x[0] and 0 < i - x[1] < 3]
+                if self.stage.placed:
+                    near += [(x[0], i) for i in (x[1] + 1, x[1] + 2) if i >= len(lists[x[0]])]
                 y = rng.choice(near if near and rng.random() < 0.5 else others)
                 s = self._place(rng, lists, names[:1])
-                lists[x[0]][x[1]] = self._near(rng, template, lists[y[0]][y[1]], lists[s[0]][s[1]])
+                lists[x[0]][x[1]] = self._near(rng, template, self._item(lists, y), self._item(lists, s))
                 new = [place for place in new if place not in (x, y)]
                 asks.append((template, value, [x, y, s]))
             rng.shuffle(asks)
             separator = rng.choice(("\n", "\n", ", "))
-            text = separator.join(f"{name} {lists[name]}" for name in rng.sample(names, len(names))) + "\n"
+            shown = {name: f"{rng.choice(self.WORDS)} {name}" if rng.random() < self.stage.placed / 2 else name for name in names}
+            text = separator.join(f"{shown[name]} {lists[name]}" for name in rng.sample(names, len(names))) + "\n"
             for template, value, xys in asks:
                 expression = template.format(**{v: f"{name}[{i}]" for v, (name, i) in zip("xys", xys, strict=True)})
-                reply = str(value(*(lists[name][i] for name, i in xys)))
-                out += [given(f"{chr(10) if out else ''}{text}{expression}{rng.choice((' = ', ': '))}"), written(reply)]
+                prompt, reply = f"{expression}{rng.choice((' = ', ': '))}", str(value(*(self._item(lists, xy) for xy in xys)))
+                if rng.random() < self.stage.placed:
+                    if rng.random() < 0.4:
+                        prompt, reply = self._phrase(rng, expression, reply)
+                    else:
+                        two, rest = rng.sample(names, 2), rng.random() < 0.6
+                        prompt, reply = self._join(two, shown, lists, rest, self._name(rng, 3), expression, reply)
+                out += [given(f"{chr(10) if out else ''}{text}{prompt}"), written(reply)]
                 text = ""
         return out
+
+    def _phrase(self, rng: random.Random, expression: str, result: str) -> tuple[str, str]:
+        """(prompt, reply): words to be written, then a value."""
+        words = rng.choices(self.QUOTED, k=rng.randint(1, 8))
+        phrase = " ".join(words) + rng.choice(("", "", ":", ",", "."))
+        return f"write {phrase} {expression}: ", f"{phrase} {result}"
+
+    @staticmethod
+    def _join(two: list[str], shown: dict, lists: dict, rest: bool, flag: str, expression: str, result: str) -> tuple[str, str]:
+        """(prompt, reply): two of the lists, or what is left of them without their first items; and a value, if it has a name."""
+        cut = 1 if rest and min(len(lists[name]) for name in two) > 1 else 0
+        end = f", {flag} {expression}" if flag else ""
+        prompt = f"{'rest' if cut else 'join'} {two[0]}, {two[1]}{end}: "
+        reply = ", ".join(f"{shown[name].rstrip(':')} {lists[name][cut:]}" for name in two)
+        return prompt, reply + (f", {flag} {result}" if flag else "")
+
+    @staticmethod
+    def _item(lists: dict[str, list[int]], place: tuple[str, int]) -> int:
+        """What stands there; 0 past the end of a list."""
+        name, i = place
+        return lists[name][i] if i < len(lists[name]) else 0
 
     @staticmethod
     def _place(rng: random.Random, lists: dict[str, list[int]], names: list[str]) -> tuple[str, int]:
@@ -992,9 +1206,64 @@ class Primer:
             text = ""
         return out
 
+    def _forms(self, rng: random.Random) -> Context:
+        """Lists to be put into forms known by number: words learned by heart, to be gone on with after a long list."""
+        if rng.random() < self.stage.placed:
+            return self._leading_forms(rng)
+        out: Context = []
+        lists: list[list[str]] = []
+        text, room = "", 2 * self.max_items  # items, roughly
+        while room > 0 and len(out) < 8:
+            for _ in range(rng.choice((1, 1, 2)) if lists else 2):
+                symbols = [str(i) for i in range(-9, rng.choice((10, 30, 100)))]
+                if rng.random() < 0.5:
+                    symbols = self._few(rng)
+                n = len(lists[-1]) if lists and rng.random() < 0.7 else self._length(rng, 2)
+                lists.append(self._items(rng, symbols, n))
+                text += f"{self._name(rng, 3)}{rng.choice((':', ''))} [{', '.join(lists[-1])}]" + rng.choice(("\n", "\n", ", "))
+            number = rng.randrange(self.stage.forms)
+            shown = lists[-len(self.FORMS[number][1]) :]
+            room -= 2 * sum(map(len, shown))
+            out += [given(("\n" if out else "") + text + f"form {number}: "), written(self._fill(self.FORMS[number], shown))]
+            text = ""
+        return out
+
+    @staticmethod
+    def _fill(form: tuple[list[str], list[int]], lists: list[list[str]]) -> str:
+        phrases, cuts = form
+        shown = [f" [{', '.join(items[cut:])}]{phrase}" for items, cut, phrase in zip(lists, cuts, phrases[1:], strict=True)]
+        return phrases[0] + "".join(shown)
+
+    def _leading_forms(self, rng: random.Random) -> Context:
+        """The same, where the number comes first, before the lists, and is to be kept in mind when another list comes in."""
+        number = rng.randrange(self.stage.forms)
+        n = self._length(rng, 3)
+        form = f"form {number}"
+        if rng.random() < self.stage.choices:
+            others = [i for i in range(self.stage.forms) if len(self.FORMS[i][1]) == len(self.FORMS[number][1])]
+            other, one = rng.choice(others), rng.random() < 0.4
+            form = f"form {number} if one else {other}" if one else f"form {other} if one else {number}"
+            n = 1 if one else max(2, n)
+
+        def items() -> list[str]:
+            low, high = rng.choice(((-9, 10), (-9, 30), (-9, 100), (10, 30)))  # the last: `[1` is the start of many a list
+            symbols = self._few(rng) if rng.random() < 0.4 else [str(i) for i in range(low, high)]
+            return self._items(rng, symbols, n if form != f"form {number}" or rng.random() < 0.8 else self._length(rng, 3))
+
+        lists = [items() for _ in self.FORMS[number][1]]
+        text = ", ".join(f"{self._name(rng, 3)} [{', '.join(x)}]" for x in lists)
+        reply = self._fill(self.FORMS[number], lists)
+        out = [given(f"{form} {text}\n{rng.choice(self.WORDS)}: "), written(reply)]
+        if rng.random() < 0.7:
+            lists = [items(), lists[0]][: len(self.REPLIES[number][1])]
+            text = f"{rng.choice(self.WORDS)}: [{', '.join(lists[0])}]\n{rng.choice(self.WORDS)}: "
+            out[-1] = written(reply + "\n")  # it ends its line, as something is to follow
+            out += [given(text), written(self._fill(self.REPLIES[number], lists))]
+        return out
+
     def _quotation(self, rng: random.Random) -> Context:
         """Words in no order, in lines, with marks and other characters among them, to be written again as they stand."""
-        words = rng.choices(self.QUOTED, k=int(49 ** rng.random()))
+        words = rng.choices(self.EVENLY if self.stage.choices else self.QUOTED, k=int(49 ** rng.random()))
         for i in range(len(words)):
             r = rng.random()
             if r < 0.15:
@@ -1014,7 +1283,10 @@ TASKS = {task.name: task for task in (Addition, DP, Parity)}
 
 
 def tokenizer_corpus(seed: int = 0) -> list[str]:
-    """Lines to train the shipped tokenizer on: primer text, the words of the task formats, and all of ASCII."""
+    """Lines to train the shipped tokenizer on: primer text, the words of the task formats, and all of ASCII.
+
+    What other stages alone ask for must draw no number in the first one, or the lines, and the tokenizer, would be others.
+    """
     rng = random.Random(f"tokenizer-{seed}")
     lines = [""]
     for max_items in (4, 8, 16):

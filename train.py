@@ -29,6 +29,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import lora
@@ -44,8 +45,8 @@ except ImportError:  # not on Windows: runs are not locked there
 
 IGNORE = -100  # the label where nothing is to be predicted
 
-# The shape of a base from scratch, that of the shipped one: 2.9 million parameters.
-TINY = dict(dim=192, n_layers=6, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, max_seq_len=4096)
+# The shape of a base from scratch, that of the shipped one: 3.7 million parameters.
+TINY = dict(dim=192, n_layers=8, n_heads=4, n_kv_heads=2, head_dim=64, hidden_dim=512, max_seq_len=4096)
 
 
 @dataclass
@@ -55,9 +56,9 @@ class TrainConfig:
     task: Literal[(*TASKS, "primer")] = "addition"
     """what to learn; the primer is what the shipped base was trained on"""
     method: Literal["baseline", "scratchpad", "retuning"] = "retuning"
-    preset: Literal["tiny", "paper", "base", "base2", "base3"] = "tiny"
+    preset: Literal["tiny", "paper", "base", "base2", "base3", "base4", "base5", "base6", "base7"] = "tiny"
     """defaults for: an adapter of the shipped base; one of a 7B or 13B LLaMA, as in the release; the shipped base itself, from
-    scratch, and the second and third part of its training"""
+    scratch, and the six further parts of its training"""
     base: Path = Path("checkpoints/tiny")
     """folder of the base model (config.json, model.safetensors, tokenizer.model)"""
     out: Path = Path("runs")
@@ -78,14 +79,16 @@ class TrainConfig:
 
     steps: int | None = None
     """optimizer steps (default: TASK_DEFAULTS)"""
-    batch_size: int = 32
-    """contexts per step"""
+    batch_size: int | None = None
+    """contexts per step (default: TASK_DEFAULTS)"""
     micro_tokens: int = 4096
     """tokens per forward pass, or one context; a step takes as many passes as it needs"""
     lr: float = 3e-3
     """peak learning rate: reached after `warmup` steps, falling linearly to 0 over the last `decay` of the run"""
-    warmup: int = 50
+    warmup: int = 20
     decay: float = 0.7
+    beta2: float = 0.99
+    """AdamW's decay of the mean of squared gradients, for an adapter"""
     weight_decay: float = 0.0
     clip: float = 1.0
     """largest norm of the gradient"""
@@ -96,8 +99,20 @@ class TrainConfig:
 
     stretch: float = 8.0
     """up to which factor positions are stretched in training (1: not at all), see `stretch`"""
+    stretched: float = 0.6
+    """share of the contexts that are"""
+    weaken: float | None = None
+    """in each step an adapter's update counts for a random share, from 1 - weaken to 1, so that what it does is done by a margin
+    (default: TASK_DEFAULTS)"""
+    temperature: float | None = None
+    """at the end of the run, from 1 at its start: the loss is of logits divided by it, so that it falls on until what is right is
+    ahead by so much wider a margin, and this is the loss that is shown and logged (default: TASK_DEFAULTS)"""
+    lessons: float | None = None
+    """share of the contexts that teach what a phrase means, for tasks that have such (default: TASK_DEFAULTS; re-tuning only)"""
+    taught: float = 0.25
+    """share of the run by the end of which these are read as they stand, all but a few, see `Data.lesson`"""
     replay: float | None = None
-    """share of primer contexts among the examples, so that what the base can do at greater lengths is kept (default:
+    """share of primer contexts among the other examples, so that what the base can do at greater lengths is kept (default:
     TASK_DEFAULTS)"""
 
     save_every: int = 100
@@ -113,22 +128,29 @@ class TrainConfig:
 class TaskDefaults:
     """What suits a task on the shipped base: the best of what was tried (see the README), the same for all of its methods.
 
-    But for long scratchpads, which get fewer steps for as many tokens.
+    But for long scratchpads, which get fewer steps for about as many tokens, and for lessons, which re-tuning alone has.
     """
 
     steps: int = 1600
     scratchpad_steps: int | None = None  # None: as many
-    targets: tuple[str, ...] = lora.LAYERS
-    replay: float = 0.1
+    batch_size: int = 32
+    targets: tuple[str, ...] = lora.BLOCK_LAYERS
+    weaken: float = 0.0
+    temperature: float = 10.0
+    lessons: float = 0.0
+    replay: float = 0.3
     focus: str = ""  # of the replayed contexts, see `Primer`
     max_items: int = 128  # in a replayed list
 
 
-# The base has written addition's words in the primer; those of the others can only be taught to its output layer.
+# None of them changes the output layer: where it grows, every margin does, and no word is safer for it.
 TASK_DEFAULTS = {
-    "addition": TaskDefaults(targets=lora.BLOCK_LAYERS, focus="digits"),
-    "parity": TaskDefaults(steps=600, focus="bits"),
-    "dp": TaskDefaults(steps=1700, scratchpad_steps=580, replay=0.2, focus="integers", max_items=96),
+    "primer": TaskDefaults(temperature=1.0, replay=0.0),
+    "addition": TaskDefaults(focus="digits"),
+    "parity": TaskDefaults(steps=1000, focus="bits"),
+    "dp": TaskDefaults(
+        steps=3400, scratchpad_steps=1230, batch_size=24, weaken=0.2, lessons=0.25, focus="integers", max_items=96
+    ),
 }
 
 PRESETS: dict[str, dict] = {
@@ -136,19 +158,35 @@ PRESETS: dict[str, dict] = {
     "paper": dict(
         rank=64, alpha=64.0, dropout=0.05, targets=("wq", "wk", "wv", "wo"), lr=2e-4, warmup=1, decay=0.0, clip=10.0,
         weight_decay=0.01, batch_size=128, steps=3906, gradient_checkpointing=True, base_dtype="bfloat16",
-        stretch=1.0, replay=0.0,
+        beta2=0.999, stretch=1.0, weaken=0.0, temperature=1.0, lessons=0.0, replay=0.0,
     ),
     "base": dict(
-        task="primer", full=True, from_scratch=True, steps=4400, batch_size=48, micro_tokens=8192, lr=3e-3, warmup=20, decay=0.5,
-        weight_decay=0.01, replay=0.0,
+        task="primer", full=True, from_scratch=True, steps=9600, batch_size=64, micro_tokens=32768, lr=3e-3, warmup=50,
+        decay=0.6, weight_decay=0.01, temperature=1.0, replay=0.0, save_every=1000,
     ),
     "base2": dict(
-        task="primer", full=True, base=Path("runs/primer"), steps=2600, batch_size=48, micro_tokens=8192, lr=2e-3, warmup=50,
-        decay=0.8, weight_decay=0.01, replay=0.0,
+        task="primer", full=True, base=Path("runs/primer"), steps=1850, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
+        decay=0.8, weight_decay=0.01, temperature=1.0, replay=0.0,
     ),
     "base3": dict(
         task="primer", full=True, base=Path("runs/primer-2"), steps=2500, batch_size=64, micro_tokens=8192, lr=2e-3, warmup=50,
-        decay=0.8, weight_decay=0.01, replay=0.0,
+        decay=0.8, weight_decay=0.01, temperature=1.0, replay=0.0,
+    ),
+    "base4": dict(  # of the same mixture, but other contexts
+        task="primer", full=True, base=Path("runs/primer-3"), steps=7337, batch_size=160, micro_tokens=65536, lr=3e-3, warmup=100,
+        decay=0.8, weight_decay=0.01, temperature=1.0, replay=0.0, save_every=1000, seed=4,
+    ),
+    "base5": dict(
+        task="primer", full=True, base=Path("runs/primer-4"), steps=10126, batch_size=112, micro_tokens=65536, lr=3e-3,
+        warmup=100, decay=0.8, weight_decay=0.01, temperature=1.0, replay=0.0, save_every=1000, seed=5,
+    ),
+    "base6": dict(
+        task="primer", full=True, base=Path("runs/primer-5"), steps=13000, batch_size=112, micro_tokens=65536, lr=3e-3,
+        warmup=100, decay=0.8, weight_decay=0.01, stretched=0.3, temperature=1.0, replay=0.0, save_every=1000, seed=6,
+    ),
+    "base7": dict(
+        task="primer", full=True, base=Path("runs/primer-6"), steps=4500, batch_size=112, micro_tokens=65536, lr=3e-3,
+        warmup=100, decay=0.8, weight_decay=0.01, temperature=4.0, replay=0.0, save_every=1000, seed=7,
     ),
 }  # fmt: skip
 
@@ -159,7 +197,10 @@ def complete(c: TrainConfig) -> TrainConfig:
     steps = task.steps
     if c.method == "scratchpad" and task.scratchpad_steps:
         steps = task.scratchpad_steps
-    defaults = dict(steps=steps, targets=task.targets, replay=task.replay)
+    names = ("batch_size", "targets", "weaken", "temperature", "lessons", "replay")
+    defaults = dict(steps=steps) | {name: getattr(task, name) for name in names}
+    if c.method != "retuning":
+        defaults["lessons"] = 0.0
     return replace(c, **{name: value for name, value in defaults.items() if getattr(c, name) is None})
 
 
@@ -173,6 +214,9 @@ class Example:
     tokens: list[int]
     labels: list[int]
     positions: list[float]
+    weight: float = 1.0  # of each of its targets in the mean over a step
+    meaning: list[int] | None = None  # of a lesson: other ids, as many, of which the embeddings have a share
+    share: float = 0.0
 
 
 def encode(context: Context, tokenizer: Tokenizer) -> Example:
@@ -183,14 +227,24 @@ def encode(context: Context, tokenizer: Tokenizer) -> Example:
     """
     tokens: list[int] = []
     labels: list[int] = []
+    meaning: list[int] = []
     for i, segment in enumerate(context):
-        ids = tokenizer.segment(segment.text) if i else tokenizer.start(segment.text)
+        ids, other = (
+            tokenizer.segment(text) if i else tokenizer.start(text) for text in (segment.text, segment.meaning or segment.text)
+        )
+        if len(ids) != len(other):
+            raise UserError(
+                f"lesson: {segment.meaning!r} has {len(other)} tokens of this base's tokenizer, not the {len(ids)} of what it "
+                "stands for; leave lessons out by --lessons 0"
+            )
+        meaning += other
         tokens += ids
         if segment.written:
             labels[-1:] = [*ids, tokenizer.eos_id]  # labels are those of the *next* token: one place to the left
         else:
             labels += [IGNORE] * len(ids)
-    return Example(tokens, labels, [float(i) for i in range(len(tokens))])
+    example = Example(tokens, labels, [float(i) for i in range(len(tokens))])
+    return replace(example, meaning=meaning) if meaning != tokens else example
 
 
 def boundaries(tokenizer: Tokenizer) -> list[bool]:
@@ -199,7 +253,7 @@ def boundaries(tokenizer: Tokenizer) -> list[bool]:
     return [p == "<0x0A>" or any(c.islower() or c in "+:|;/*?" for c in p) for p in pieces]
 
 
-def stretch(example: Example, is_boundary: list[bool], rng: random.Random, factor: float) -> None:
+def stretch(example: Example, is_boundary: list[bool], rng: random.Random, factor: float, share: float = 0.6) -> None:
     """Give a training sequence positions such as a longer one would have; at evaluation positions are 0, 1, 2, ...
 
     After "Randomized Positional Encodings Boost Length Generalization" (Ruoss et al. 2023), for RoPE, in three
@@ -207,11 +261,11 @@ def stretch(example: Example, is_boundary: list[bool], rng: random.Random, facto
     places within a number can still be counted); and a sorted random subset of a longer range (so that they cannot).
     """
     r = rng.random()
-    if factor <= 1 or r < 0.4:
+    if factor <= 1 or r < 1 - share:
         return
     n = len(example.tokens)
     scale = factor ** rng.random()
-    if r < 0.95:
+    if r < 1 - share / 12:
         jump = rng.choice((0.0, 0.0, 4.0, 16.0, 64.0))
         position, positions = 0.0, []
         for token in example.tokens:
@@ -239,26 +293,28 @@ class Data:
         self.is_boundary = boundaries(tokenizer)
         self.replayed = TASK_DEFAULTS.get(c.task, TaskDefaults())
 
-    def step(self, step: int) -> list[Example]:
+    def __getitem__(self, step: int) -> list[Example]:
         rng = random.Random(f"{self.c.seed}-{step}")
         examples = []
         difficulty = curriculum(step / self.c.steps) if self.c.from_scratch else 1.0
         max_items = int(8 * (self.replayed.max_items / 8) ** difficulty)
         primer = Primer(max_items, self.replayed.focus, self.stage(step))
         for _ in range(self.c.batch_size):
-            if self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
+            if self.c.lessons and rng.random() < self.c.lessons:
+                examples.append(self.lesson(rng, step))
+            elif self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))
             else:
                 examples.append(self.draw(TASKS[self.c.task], rng))
         for example in examples:
-            stretch(example, self.is_boundary, rng, self.c.stretch**difficulty)
+            stretch(example, self.is_boundary, rng, self.c.stretch**difficulty, self.c.stretched)
         return examples
 
     def stage(self, step: int) -> int:
-        """Of the primer: two from scratch, then one for each part of the base that follows; in rehearsal the last."""
+        """Of the primer: from scratch one after the other, then one for each part that follows; in rehearsal the last."""
         if self.c.from_scratch:
-            return int(step >= 0.45 * self.c.steps)
-        return 2 if self.c.preset == "base2" else 3
+            return sum(start <= step / self.c.steps for start in Primer.STARTS) - 1
+        return len(Primer.STAGES) - {"base2": 5, "base3": 4, "base4": 4, "base5": 3, "base6": 2}.get(self.c.preset, 1)
 
     def draw(self, task, rng: random.Random) -> Example:
         """An example that the base can take: of the primer another one is drawn, of a task all must fit."""
@@ -269,6 +325,18 @@ class Data:
             if not isinstance(task, Primer):
                 size = len(example.tokens)
                 raise UserError(f"a training context has {size} tokens, the base takes {self.max_seq_len} at most")
+
+    LESSON = 50.0  # targets of other contexts: what its few count for together
+
+    def lesson(self, rng: random.Random, step: int) -> Example:
+        """A lesson (see `tasks.DP.lesson`). Its embeddings go over from those of the meaning to those of its own words.
+
+        An adapter that begins with what the base can do follows it there. One that is to find it by itself does not.
+        """
+        example = encode(TASKS[self.c.task].lesson(rng), self.tokenizer)
+        left = 1 - step / max(1.0, self.c.taught * self.c.steps)
+        share = min(1.0, max(0.0, left + rng.uniform(-0.15, 0.1))) if rng.random() < 0.85 else 0.0
+        return replace(example, weight=self.LESSON / n_targets([example]), share=share)
 
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
@@ -307,24 +375,35 @@ class Batch:
     labels: Tensor  # [N]
     positions: Tensor  # [N]
     lengths: list[int]  # of the examples, padded; what is left of N is padding too
+    weights: Tensor  # [N]
+    meaning: tuple[Tensor, Tensor] | None  # [N] other ids, and their share; None where there are no lessons
 
 
 def pack(examples: list[Example], model: LLaMA) -> Batch:
     """Lengths and their sum are rounded up, so that shapes are few; examples of one length are attended to in one product."""
     device, longest = model.device, model.config.max_seq_len
     lengths = [min(longest, llama.round_up(len(e.tokens), 32)) for e in examples]
-    tokens, labels, positions = [], [], []
+    tokens, labels, positions, weights, meaning, share = [], [], [], [], [], []
     for e, n in zip(examples, lengths, strict=True):
         more = n - len(e.tokens)
         tokens += e.tokens + [0] * more
         labels += e.labels + [IGNORE] * more
         positions += e.positions + [0.0] * more
-    more = -len(tokens) % 512
+        weights += [e.weight] * n
+        meaning += (e.meaning or e.tokens) + [0] * more
+        share += [e.share] * n
+    end = -len(tokens) % 512
+
+    def padded(values: list, pad: int = 0, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(values + [pad] * end, dtype=dtype, device=device)
+
     return Batch(
-        torch.tensor(tokens + [0] * more, device=device),
-        torch.tensor(labels + [IGNORE] * more, device=device),
-        torch.tensor(positions + [0.0] * more, device=device),
+        padded(tokens),
+        padded(labels, IGNORE),
+        padded(positions, dtype=torch.float32),
         lengths,
+        padded(weights, dtype=torch.float32),
+        (padded(meaning), padded(share, dtype=torch.float32)) if any(share) else None,
     )
 
 
@@ -332,13 +411,24 @@ def n_targets(examples: list[Example]) -> int:
     return sum(label != IGNORE for e in examples for label in e.labels)
 
 
-def loss_sum(model: LLaMA, b: Batch, gradient_checkpointing: bool = False) -> Tensor:
-    """Summed cross-entropy (nats) over the labelled places; only there are logits computed."""
+def weight(examples: list[Example]) -> float:
+    """What the targets of a step count for together."""
+    return sum(e.weight * n_targets([e]) for e in examples)
+
+
+def loss_sum(model: LLaMA, b: Batch, gradient_checkpointing: bool = False, temperature: float = 1.0) -> Tensor:
+    """Weighted sum of the cross-entropy (nats) of logits / temperature over the labelled places. No other logits are computed."""
     select = b.labels != IGNORE
     logits = model(
-        b.tokens, positions=b.positions, lengths=b.lengths, select=select, gradient_checkpointing=gradient_checkpointing
+        b.tokens,
+        positions=b.positions,
+        lengths=b.lengths,
+        select=select,
+        reading=b.meaning,
+        gradient_checkpointing=gradient_checkpointing,
     )
-    return F.cross_entropy(logits.float(), b.labels[select], reduction="sum")
+    losses = F.cross_entropy(logits.float() / temperature, b.labels[select], reduction="none")
+    return losses @ b.weights[select]
 
 
 def autocast(model: LLaMA, dtype: torch.dtype) -> torch.autocast:
@@ -457,7 +547,8 @@ def optimizers(c: TrainConfig, model: LLaMA) -> list[torch.optim.Optimizer]:
     """AdamW; for whole models Muon on the matrices of the blocks, which leaves the plateau before copying is learned sooner."""
     parameters = trainable(model)
     if not c.full:
-        return [torch.optim.AdamW(parameters.values(), lr=c.lr, weight_decay=c.weight_decay, fused=True)]
+        betas = 0.9, c.beta2
+        return [torch.optim.AdamW(parameters.values(), lr=c.lr, betas=betas, weight_decay=c.weight_decay, fused=True)]
     matrices = [p for name, p in parameters.items() if p.dim() == 2 and "layers." in name]
     others = [p for name, p in parameters.items() if not (p.dim() == 2 and "layers." in name)]
     return [
@@ -489,6 +580,16 @@ def learning_rate(c: TrainConfig, step: int) -> float:
     progress = step / c.steps
     rise = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
     return c.lr * rise * (1.0 if progress < 1 - c.decay else (1 - progress) / c.decay)
+
+
+def temperature(c: TrainConfig, step: int) -> float:
+    """Of the loss: it rises over the run from 1, at which decisions are learned soonest, to `TrainConfig.temperature`."""
+    return 1 + (c.temperature - 1) * step / c.steps
+
+
+def strength(c: TrainConfig, step: int) -> float:
+    """How much of an adapter's update counts in a step, see `TrainConfig.weaken`."""
+    return 1 - c.weaken * random.Random(f"strength-{c.seed}-{step}").random()
 
 
 # --- the run's folder --------------------------------------------------------------------------------------------
@@ -627,12 +728,15 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
 
     began, clock, fed = time.monotonic() - seconds, Clock(), 0
     hidden = True if rank else None  # a bar for the first process, where there is a terminal
-    bar = tqdm(range(start, c.steps), initial=start, total=c.steps, unit="step", disable=hidden, mininterval=1.0)
-    for step in bar:
+    workers = 2 if c.full and device.type == "cuda" else 0  # to draw the examples of a small base takes as long as a step
+    batches = DataLoader(data, batch_size=None, sampler=range(start, c.steps), collate_fn=list, num_workers=workers)
+    bar = tqdm(batches, initial=start, total=c.steps, unit="step", disable=hidden, mininterval=1.0)
+    for step, examples in enumerate(bar, start):
         model.train()
         torch.manual_seed(hash((c.seed, step, rank)) % 2**31)  # dropout
-        examples = data.step(step)
-        targets, tokens = n_targets(examples), sum(len(e.tokens) for e in examples)
+        lora.set_strength(model, strength(c, step))
+        heat = temperature(c, step)
+        targets, whole_weight, tokens = n_targets(examples), weight(examples), sum(len(e.tokens) for e in examples)
         shares = [micro_batches(share, c.micro_tokens) for share in fair_shares(examples, size)]
         for optimizer in opts:
             for group in optimizer.param_groups:
@@ -644,14 +748,14 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
             gather = parallel.no_sync() if parallel is not model and i + 1 < len(groups) else contextlib.nullcontext()
             with gather:
                 with autocast(model, dtype):
-                    loss = loss_sum(parallel, pack(group, model), c.gradient_checkpointing) * counts
+                    loss = loss_sum(parallel, pack(group, model), c.gradient_checkpointing, heat) * counts
                 clock.lap("forward")
-                (loss * (size / targets)).backward()  # in the end the mean over the targets of the whole step
+                (loss * (size / whole_weight)).backward()  # in the end the weighted mean over the targets of the whole step
                 total += loss.detach()
                 clock.lap("backward")
         if size > 1:
             distributed.all_reduce(total)
-        mean = total.item() / targets
+        mean = total.item() / whole_weight
         norm = whole(torch.nn.utils.clip_grad_norm_(trainable(model).values(), c.clip)).item()
         if not math.isfinite(norm):
             raise UserError(f"step {step}: the gradient is not finite (loss {mean:.3g}); try a smaller --lr than {c.lr}")
@@ -670,6 +774,7 @@ def train(c: TrainConfig, folder: Path, model: LLaMA, tokenizer: Tokenizer) -> N
         fed += tokens
         clock.lap("saving")
 
+    lora.set_strength(model, 1.0)
     speed = fed / max(1e-9, sum(clock.seconds.values()))
     if rank == 0 or c.fsdp:
         validation = evaluate(model, data.validation(), dtype, c.micro_tokens)
@@ -731,6 +836,8 @@ def main() -> None:
         raise UserError(f"--batch-size {c.batch_size}: fewer contexts a step than the {size} processes")
     llama.join_processes(device)
     model, tokenizer = build(c)  # before a folder is made for a run that cannot be
+    if c.lessons:
+        encode(TASKS[c.task].lesson(random.Random(0)), tokenizer)  # nor can one whose lessons do not fit the tokenizer
     if rank == 0:
         folder = folder or new_run(c)
     if size > 1:
@@ -772,12 +879,17 @@ def check(c: TrainConfig) -> None:
         if getattr(c, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected 1 or more")
     ranges = {
-        "lr": (0, 1e3), "warmup": (0, 1e9), "decay": (0, 1), "weight_decay": (0, 1), "clip": (0, math.inf), "alpha": (0, 1e6),
-        "dropout": (0, 0.99), "stretch": (1, 1e6), "replay": (0, 1), "seed": (0, 2**62),
+        "lr": (0, 1e3), "warmup": (0, 1e9), "decay": (0, 1), "beta2": (0, 0.99999), "weight_decay": (0, 1), "clip": (0, math.inf),
+        "alpha": (0, 1e6), "dropout": (0, 0.99), "stretch": (1, 1e6), "stretched": (0, 1), "weaken": (0, 1), "replay": (0, 1),
+        "temperature": (0.01, 1e3), "lessons": (0, 1), "taught": (0, 1), "seed": (0, 2**62),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {low} to {high}")
+    if c.full and c.weaken:
+        raise UserError(f"--weaken {c.weaken}: there is no adapter to weaken with --full; leave it out")
+    if c.lessons and (c.method != "retuning" or not hasattr(TASKS.get(c.task), "lesson")):
+        raise UserError(f"--lessons {c.lessons}: {c.task} by {c.method} has none; leave it out")
     if not c.full:
         lora_config(c)
 

@@ -111,7 +111,7 @@ def peft_model(c: Config, theirs, folder: Path):
 def contexts(c: Config, t: train.TrainConfig, tokenizer: llama.Tokenizer, max_seq_len: int) -> list[list[Example]]:
     """Examples of each step, and of one before them to warm up."""
     if not c.context_tokens:
-        return [train.Data(t, tokenizer, max_seq_len).step(i) for i in range(c.steps + 1)]
+        return [train.Data(t, tokenizer, max_seq_len)[i] for i in range(c.steps + 1)]
     rng, n = random.Random(0), c.context_tokens
 
     def example() -> Example:
@@ -136,7 +136,7 @@ def run(c: Config) -> dict:
     device = llama.pick_device(c.device)
     shipped = c.shape == "shipped"
     t = train.complete(train.TrainConfig(
-        task=c.task, method=c.method, base=c.base, batch_size=c.batch_size, lr=1e-3, stretch=1.0, device=device.type,
+        task=c.task, method=c.method, base=c.base, batch_size=c.batch_size, lr=1e-3, stretch=1.0, lessons=0.0, device=device.type,
         dtype=str(llama.pick_dtype(c.dtype, device)).removeprefix("torch."), gradient_checkpointing=c.gradient_checkpointing,
     ))  # fmt: skip
     if shipped:

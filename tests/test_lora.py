@@ -54,6 +54,25 @@ def test_merge_is_w_plus_scaled_ba_and_unmerge_is_exact():
     assert torch.equal(model(TOKENS), before)
 
 
+@pytest.mark.parametrize("rank", [8, 1])
+def test_a_strength_weakens_the_update_until_it_is_put_back(rank):
+    """Whichever way the product takes: by the whole weight, or by A and B one after the other."""
+    linear = torch.nn.Linear(48, 64, bias=False)
+    layer = lora.LoRALinear(linear, lora.LoRAConfig(rank=rank, alpha=6.0))
+    torch.nn.init.normal_(layer.lora_B)
+    x = torch.randn(5, 48)
+    plain, whole = linear(x), layer(x)
+    layer.strength = 0.25
+    torch.testing.assert_close(layer(x), plain + 0.25 * (whole - plain))
+    torch.testing.assert_close(layer.to_linear()(x), whole)
+    model = trained()
+    before = model(TOKENS)
+    lora.set_strength(model, 0.0)
+    assert torch.equal(model(TOKENS), random_model(0)(TOKENS))
+    lora.set_strength(model, 1.0)
+    assert torch.equal(model(TOKENS), before)
+
+
 def test_the_output_layer_alone_and_tied_to_the_embeddings():
     model = random_model(tie_embeddings=True)
     embeddings = model.tok_embeddings.weight.clone()

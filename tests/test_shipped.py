@@ -16,7 +16,7 @@ from train import encode
 
 def test_shape_and_dtype():
     model, _ = llama.load(BASE)
-    assert 1e6 < sum(p.numel() for p in model.parameters()) < 3e6
+    assert 1e6 < sum(p.numel() for p in model.parameters()) < 4e6
     assert {t.dtype for t in load_file(BASE / "model.safetensors").values()} == {torch.bfloat16}
 
 
@@ -50,7 +50,7 @@ def test_the_longest_scratchpad_that_fits(tokenizer):
 
 @pytest.mark.parametrize("task", [Addition, Parity], ids=["addition", "parity"])
 def test_greedy_text_equals_pefts(task):
-    """Contexts, decoded token by token by transformers and peft from the same ids. Parity's adapter has an output layer."""
+    """Contexts, decoded token by token by transformers and peft from the same ids."""
     import peft
     import transformers
 

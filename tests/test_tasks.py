@@ -264,50 +264,98 @@ def test_the_primer_holds_no_instance_of_a_task():
 
 
 def test_values_of_the_primers_expressions_are_those_that_python_finds():
-    """Of lists that are named before, alone, before a list, and as the last of what is asked for."""
+    """Of lists named before: alone, before a list, and as the last of what is asked for. Past their end are zeros."""
     rng, kinds = random.Random(6), Counter()
-    primer = Primer(30)
+    primer, start = Primer(30), r"(?:\w+\[|max\(|False if |1 if )"
+
+    class Lists(dict):
+        def __getitem__(self, name):
+            return [*super().__getitem__(name), 0, 0]
+
     for contexts in (primer._lists, primer._values) * 400:
-        lists: dict[str, list[int]] = {}
+        lists: dict[str, list[int]] = Lists()
         context = contexts(rng)
         for ask, reply in zip(context[::2], context[1::2], strict=True):
             given_lists, _, question = ask.text.strip("\n").rpartition("]\n")
-            for name, items in re.findall(r"(\w+):? \[([^\]]*)\]", given_lists + "]"):
-                lists[name.lower()] = [int(i) for i in items.split(", ")]
+            found = re.findall(r"(?:(\w+) )?(\w+:?) \[([^\]]*)\]", given_lists + "]")
+            found.sort(key=lambda f: f[1] == "of")  # mostly lists that do not count
+            for before, word, items in found:  # of two words that name a list the other one is shared; the first of a name counts
+                name = word.lower().strip(":") if word in Primer.LISTS or ":" in word else before
+                lists.setdefault(name, [int(i) for i in items.split(", ")])
 
             def value(expression: str, lists=lists) -> str:
                 python = re.sub(r"(\w+)\[", r"lists['\1'][", expression)
                 return str(eval(python, {"max": max, "lists": lists}))
 
-            if m := re.fullmatch(r"(?:Put (.*) before (\w+)\.\n\w+|cons (.*) (\w+)): ", question):
-                expression, target = m[1] or m[3], m[2] or m[4]
-                assert reply.text == str([int(value(expression)), *lists[target]])
-            elif m := re.fullmatch(r"(rest|join) (\w+), (\w+)(?:, ([A-Za-z ]+?) (\w+\[.*|max\(.*))?: ", question):
+            if m := re.fullmatch(r"(?:\w+: )?Put (.*) before (\w+)(?: as (\w+)\.|\.\n\w+: )", question) or re.fullmatch(
+                r"(?:\w+: )?cons (.*(?:[\])]| else 2)) (\w+)(?: as (\w+))?: ", question
+            ):
+                label = f"{m[3]}: " if m[3] else ""
+                assert reply.text == label + str([int(value(m[1])), *lists[m[2]][:-2]])
+                kinds["label" if label else "no label"] += 1
+            elif m := re.fullmatch(rf"(write) (.*?) ({start}.*): ", question):
+                assert reply.text == f"{m[2]} {value(m[3])}"
+            elif m := re.fullmatch(rf"(rest|join) (\w+), (\w+)(?:, ([A-Za-z ]+?) ({start}.*))?: ", question):
                 cut = m[1] == "rest"
-                shown = [str(lists[name][cut:]) for name in (m[2], m[3])]
+                shown = [str(lists[name][cut:-2]) for name in (m[2], m[3])]
                 end = f", {m[4]} {value(m[5])}" if m[4] else ""
                 assert re.sub(r"(\w+ )?\w+ \[", "[", reply.text) == ", ".join(shown) + end
             else:
                 assert reply.text == value(re.sub("( = |: )$", "", question))
                 kinds[f"== {reply.text}"] += "==" in question
-            kinds[m[0].split()[0] if m else "value"] += 1
-    assert min(kinds[k] for k in ("Put", "cons", "rest", "join", "value", "== True", "== False")) > 30, kinds
+            kinds[re.sub(r"^\w+: ", "", m[0]).split()[0] if m else "value"] += 1
+    assert (
+        min(kinds[k] for k in ("Put", "cons", "rest", "join", "write", "value", "label", "no label", "== True", "== False")) > 30
+    ), kinds
+
+
+def test_forms_of_a_number_have_the_same_words_around_the_lists_that_were_given():
+    """Asked for after the lists, or before them; and the reply to a list that comes in later, by the number that came first."""
+    rng, words, seen = random.Random(8), {}, Counter()
+    primer, a_list = Primer(30), r"(?<!\w)\[[^]]*\](?!\))"  # "[1])" and "array[0]" are among the words
+    for _ in range(3000):
+        known: list[str] = []
+        number = later = None
+        for ask in (context := primer._forms(rng))[::2]:
+            known += re.findall(a_list, ask.text)
+            reply = context[context.index(ask) + 1].text.removesuffix("\n")
+            m = re.search(r"form (\d+)(?: if one else (\d+))?", ask.text)
+            if m and m[2] and not re.match(r"\[-?\d+\]", re.search(a_list, ask.text)[0]):
+                number, later = m[2], False
+                seen["not one"] += 1
+            else:
+                number, later = (m[1], False) if m else (number, True)
+                seen["one"] += bool(m and m[2])
+            shown = re.findall(a_list, reply)
+            rests = {re.sub(r"^\[-?\d+(, )?", "[", x) for x in known}
+            assert shown and all(x in known or x in rests for x in shown), (ask, reply)
+            frame = re.sub(a_list, "[]", reply)
+            assert words.setdefault((number, later), frame) == frame, (number, later)
+            seen["later" if later else "leading" if ask.text.startswith("form") else "after"] += 1
+    assert min(seen[k] for k in ("later", "leading", "after", "one", "not one")) > 100, seen
+    assert len(words) > 1.9 * len(Primer.FORMS)
 
 
 def test_dp_trains_often_on_what_short_lists_seldom_have():
-    """First items above 0 that a best sum leaves, or that may be taken or left, and sums of two digits."""
+    """First items of which it is hard to tell whether a best sum takes them, evenly; and returned sums of two digits."""
     rng = random.Random(5)
 
     def shares(lists):
         dp = [[*DP.sums(x), 0, 0] for x in lists]
-        left = sum(x[0] > 0 and x[0] + d[2] < d[1] for x, d in zip(lists, dp, strict=True))
-        tie = sum(x[0] + d[2] == d[1] for x, d in zip(lists, dp, strict=True))
-        return [count / len(lists) for count in (left, tie, sum(d[0] > 9 for d in dp))]
+        seen = Counter((x[0], d[1] - d[2]) for x, d in zip(lists, dp, strict=True) if d[1] > 0)
+        hard = [seen[first, lost] / len(lists) for first in range(6) for lost in range(6) if abs(first - lost) < 3]
+        return min(hard), max(hard), sum(d[1] > 9 for d in dp) / len(lists)
 
-    drawn = shares([DP.draw(rng, 5) for _ in range(3000)])
-    uniform = shares([tuple(rng.choices(DP.VALUES, k=5)) for _ in range(3000)])
-    assert all(d > 1.7 * u for d, u in zip(drawn, uniform, strict=True)), (drawn, uniform)
+    for n in (4, 5):
+        drawn, uniform = shares([DP.draw(rng, n) for _ in range(6000)]), shares(random_lists(rng, n))
+        assert drawn[0] > 2 * uniform[0] and drawn[1] / drawn[0] < uniform[1] / uniform[0] / 2, (drawn, uniform)
+        assert drawn[2] > 0.2 > 4 * uniform[2], (drawn, uniform)
     assert {len(DP.draw(rng, n)) for n in (1, 2, 3) for _ in range(50)} == {1, 2, 3}
+    assert all(set(DP.draw(rng, n)) <= set(DP.VALUES) for n in range(1, 6) for _ in range(50))
+
+
+def random_lists(rng, n):
+    return [tuple(rng.choices(DP.VALUES, k=n)) for _ in range(6000)]
 
 
 @pytest.mark.parametrize("method", METHODS)

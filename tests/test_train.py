@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 import lora
 import model as llama
 import train
-from tasks import METHODS, TASKS, Addition, Segment
+from tasks import DP, METHODS, TASKS, Addition, Segment, written
 
 CONFIG = lora.LoRAConfig(rank=4, alpha=4.0)
 
@@ -192,7 +193,8 @@ def test_learning_rate():
 def test_defaults_of_a_task_give_way_to_flags_and_are_the_same_for_all_methods():
     for task in (*TASKS, "primer", "some new one"):
         chosen = [train.complete(train.TrainConfig(task=task, method=method)) for method in METHODS]
-        assert len({(c.targets, c.replay, c.lr) for c in chosen}) == 1 and None not in chosen[0].__dict__.values()
+        shared = {(c.batch_size, c.targets, c.replay, c.weaken, c.temperature, c.lr) for c in chosen}
+        assert len(shared) == 1 and None not in chosen[0].__dict__.values()
         steps = {c.method: c.steps for c in chosen}
         if task == "dp":  # whole problems in a context: fewer of them, for as many tokens
             assert steps.pop("scratchpad") < steps["retuning"]
@@ -383,3 +385,78 @@ def test_muon_is_that_of_torch_in_fp32():
     theirs = run(lambda params: torch.optim.Muon(params, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     for x, y in zip(ours, theirs, strict=True):
         assert (x - y).norm() < 0.02 * y.norm()  # theirs is in bf16
+
+
+def test_the_temperature_of_the_loss(tokenizer):
+    """Logits are divided by it: the loss is that of an output layer whose weights are so much smaller."""
+    model, batch = random_model(), train.pack(examples(tokenizer), random_model())
+    hot, plain = train.loss_sum(model, batch, temperature=4.0).item(), train.loss_sum(model, batch).item()
+    with torch.no_grad():
+        model.output.weight /= 4
+    assert abs(train.loss_sum(model, batch).item() / hot - 1) < 1e-5
+    assert abs(hot / plain - 1) > 1e-3
+
+
+def test_the_temperature_rises_from_one():
+    c = train.TrainConfig(task="dp", steps=10, temperature=6.0)
+    assert [train.temperature(c, step) for step in (0, 5, 10)] == [1.0, 3.5, 6.0]
+    assert {train.temperature(replace(c, temperature=1.0), step) for step in range(10)} == {1.0}
+
+
+def test_a_lesson_is_the_start_of_a_training_context(tokenizer):
+    """Token for token and label for label, as far as the decision; nothing held out is in it, and its meaning is as long."""
+    rng = random.Random(0)
+    for _ in range(300):
+        lesson = DP.lesson(rng)
+        p = DP.from_text(lesson[0].text.removesuffix("\nSolution: "))
+        assert not any(map(DP.held_out, DP.solved(p, "retuning")))
+        taught, whole = (train.encode(context, tokenizer) for context in (lesson, DP.context(p, "retuning")))
+        n = len(taught.tokens)
+        assert taught.tokens == whole.tokens[:n] and len(taught.meaning) == n
+        labels = [label for label in taught.labels if label != train.IGNORE]
+        assert labels == [label for label in whole.labels[:n] if label != train.IGNORE][-3:]
+        decision = "False" if DP.marks(p.items, p.can_use)[0] == 1 else "True"
+        assert tokenizer.decode(labels) == f" {decision}\n"
+
+
+def test_a_lesson_goes_over_from_its_meaning_to_its_own_words(tokenizer):
+    """With a share of 1 the model sees the meaning, with a share of 0 the text; its targets count for one context's together."""
+    c = train.complete(train.TrainConfig(task="dp", steps=100))
+    data, rng = train.Data(c, tokenizer, 4096), random.Random(0)
+    shares = [[data.lesson(rng, step).share for _ in range(200)] for step in (0, 12, 30, 99)]
+    assert max(shares[0]) == 1 and min(shares[0]) == 0, "its own words are among them from the start"
+    assert 0.3 < sum(x > 0 for x in shares[1]) / 200 < 1 and max(shares[1]) < 0.7 and max(map(max, shares[2:])) == 0
+    e, model = data.lesson(rng, 0), random_model()
+    assert e.weight * train.n_targets([e]) == data.LESSON
+    plain = train.loss_sum(model, train.pack([replace(e, share=0.0)], model))
+    assert torch.equal(plain, train.loss_sum(model, train.pack([replace(e, meaning=None, share=0.0)], model)))
+    read = train.loss_sum(model, train.pack([replace(e, share=1.0)], model))
+    assert abs(read - plain) > 1e-3
+    torch.testing.assert_close(read, train.loss_sum(model, train.pack([replace(e, tokens=e.meaning, share=0.0)], model)))
+
+
+def test_lessons_are_for_retuning_by_tasks_that_have_them():
+    assert train.complete(train.TrainConfig(task="dp")).lessons > 0
+    assert {train.complete(train.TrainConfig(task="dp", method=m)).lessons for m in ("baseline", "scratchpad")} == {0}
+    for task, method in (("addition", "retuning"), ("dp", "baseline"), ("dp", "scratchpad")):
+        with pytest.raises(llama.UserError, match=f"{task} by {method} has none"):
+            train.check(train.complete(train.TrainConfig(task=task, method=method, lessons=0.5)))
+
+
+def test_a_base_has_nothing_to_weaken():
+    base = train.PRESETS["base"]
+    train.check(train.complete(train.TrainConfig(**base)))
+    with pytest.raises(llama.UserError, match="no adapter to weaken"):
+        train.check(train.complete(train.TrainConfig(**base, weaken=0.5)))
+
+
+def test_a_meaning_of_another_length_is_refused(tokenizer, tmp_path, monkeypatch):
+    """As it would be with the tokenizer of another base, before there is a folder."""
+    assert train.encode([Segment("Sum 1", False, "Sum 2"), written("3")], tokenizer).meaning
+    with pytest.raises(llama.UserError, match="--lessons 0"):
+        train.encode([Segment("Sum 1", False, "Sum 12"), written("3")], tokenizer)
+    monkeypatch.setattr(DP, "lesson", lambda rng: [Segment("Sum 1", False, "Sum 12"), written("3")])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--task", "dp", "--base", str(BASE), "--out", str(tmp_path / "runs")])
+    with pytest.raises(llama.UserError, match="--lessons 0"):
+        train.main()
+    assert not (tmp_path / "runs").exists()
