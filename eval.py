@@ -3,7 +3,8 @@
     python eval.py --ood
 
 One loop and one decoding policy (greedy, the call-stack decoder of recurse.py) for all methods, which are asked the same
-problems. The task parses and judges. Prints a table, and writes <out>/ood.json and <out>/ood.png.
+problems. The task parses and judges. Prints a table, and writes <out>/ood.json and <out>/ood.png (in-distribution.* where no
+length is beyond training, problems.* of --problems).
 """
 
 import hashlib
@@ -39,7 +40,7 @@ class EvalConfig:
     """Evaluate the newest adapter of each task and method (under runs/, else the shipped one)."""
 
     ood: bool = False
-    """out of distribution: lengths beyond training, and the far end of the training lengths for comparison"""
+    """out of distribution: lengths beyond training, and some training lengths for comparison"""
     task: Literal[tuple(TASKS)] | None = None
     """one task only"""
     method: Literal["baseline", "scratchpad", "retuning"] | None = None
@@ -49,7 +50,7 @@ class EvalConfig:
     n: int = 50
     """problems per length"""
     seed: int = 0
-    """of the problems, which are drawn from those held out of training"""
+    """of the problems, which are held out of training (but for the shortest, see `draw`)"""
     problems: Path | None = None
     """your own problems instead: one JSON object a line, {"task": "addition", "a": "73199", "b": "21439"}"""
     out: Path = Path("results")
@@ -148,7 +149,9 @@ def find_adapters(c: EvalConfig) -> list[tuple[str, str, Path]]:
 
 
 def draw(task: str, length: int, rng: random.Random, n: int) -> list:
-    """n different problems, held out from training; fewer where there are not so many (of short lists, above all)."""
+    """n different problems, held out from training; fewer where there are not so many (of short lists, above all). Of the
+    shortest there are so few that none is held out: one-digit sums, up to 5 bits, one item.
+    """
     problems: dict = {}  # in the order drawn
     for _ in range(20 * n):
         if len(problems) < n:
@@ -168,6 +171,8 @@ def cells(c: EvalConfig) -> list[Cell]:
                 groups[task, length] = draw(task, length, rng, c.n)
     for task, _ in groups:
         if task not in {t for t, _, _ in found}:
+            if c.problems and c.task:
+                raise UserError(f"{c.problems}: it has problems of {task}, but --task is {c.task}; leave out --task")
             raise UserError(f"there is no adapter for {task}; make one with: python train.py --task {task}")
     return [Cell(t, m, a, length, p) for t, m, a in found for (task, length), p in sorted(groups.items()) if task == t]
 
@@ -423,6 +428,8 @@ def main(c: EvalConfig) -> None:
         raise UserError("expected --n and --batch of 1 or more, --processes of 0 or more, --kv-budget above 0")
     if not all(1 <= length <= 4000 for length in c.lengths):  # Python converts integers of up to 4300 digits
         raise UserError(f"--lengths {' '.join(map(str, c.lengths))}: expected lengths of 1 to 4000")
+    if c.runs != EvalConfig.runs and not c.runs.is_dir():
+        raise UserError(f"--runs {c.runs}: no such folder")
     device = llama.pick_device(c.device)
     if device.type == "cuda" and c.processes > torch.cuda.device_count():
         raise UserError(f"--processes {c.processes}: expected one a GPU at most, of which there are {torch.cuda.device_count()}")

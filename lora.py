@@ -182,9 +182,16 @@ def read_adapter_config(path: str | Path) -> tuple[LoRAConfig, str]:
         "rank_pattern",
         "alpha_pattern",
         "layers_to_transform",
+        "alora_invocation_tokens",
     ):
         if c.get(key):
             raise UserError(f"{file}: {key} is {c[key]!r}, which is not supported")
+    start = str(c.get("init_lora_weights", True)).lower()
+    if start.startswith(("pissa", "olora", "corda", "lora_ga", "loftq")):
+        raise UserError(
+            f"{file}: init_lora_weights is {start!r}, by which the base's own weights were changed; let PEFT save it as plain "
+            "LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
     if c.get("bias", "none") != "none":
         raise UserError(f"{file}: bias is {c['bias']!r}, expected 'none'")
     if not (path / "adapter_model.safetensors").is_file():

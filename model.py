@@ -16,7 +16,7 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -154,7 +154,7 @@ def rotary_angles(positions: Tensor, c: ModelConfig) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotation of each position, [...] -> twice [..., 1, hd/2] in fp32 (RoFormer, section 3.4.2).
 
     They are computed for the positions at hand, not looked up: positions may be fractional (see `stretch` in train.py),
-    and no table can be overrun. bf16 cannot hold integers above 256, hence fp32.
+    and no table can be overrun. bf16 cannot tell neighbouring integers above 256 apart, hence fp32.
     """
     angles = positions.float()[..., None, None] * rotary_frequencies(c, positions.device)
     return angles.cos(), angles.sin()
@@ -585,7 +585,10 @@ def _describe(path: Path) -> str:
     """What a file that could not be read looks like, in a few words."""
     if not path.is_file():
         return "no such file"
-    head = path.open("rb").read(64)
+    try:
+        head = path.open("rb").read(64)
+    except OSError as e:
+        return str(e.strerror)
     if head.startswith(b"version https://git-lfs"):
         return "it is a git-LFS pointer: fetch the real file with `git lfs pull`"
     if head.lstrip().startswith(b"<"):
@@ -1054,5 +1057,7 @@ def save(model: LLaMA, tokenizer: Tokenizer, path: str | Path, *, dtype: torch.d
     write_atomically(path / "tokenizer.model", lambda p: p.write_bytes(tokenizer.sp.serialized_model_proto()))
     state = {hf_name(n): p.detach().to("cpu", dtype).contiguous() for n, p in model.named_parameters()}
     write_atomically(path / "model.safetensors", lambda p: save_file(state, p, metadata={"format": "pt"}))
-    config = config_to_hf(model.config, tokenizer, dtype)  # last, as a folder that has it counts as complete
+    tied = model.output.weight is model.tok_embeddings.weight  # no longer where an adapter of the output layer was merged
+    # Last, as a folder that has it counts as complete.
+    config = config_to_hf(replace(model.config, tie_embeddings=tied), tokenizer, dtype)
     write_atomically(path / "config.json", lambda p: p.write_text(json.dumps(config, indent=2) + "\n"))

@@ -56,12 +56,12 @@ class Counts:
     frames: int = 0  # contexts run
     frames_shared: int = 0  # calls answered by a context that was run before, or for another problem
     tokens_generated: int = 0  # written by the model, each end of a segment counted as one
-    tokens_forwarded: int = 0  # fed to it: what is given, what it wrote, guesses, and what had to be fed again; in particular
-    tokens_prompt: int = 0
-    tokens_returned: int = 0
+    tokens_forwarded: int = 0  # fed to it: what is given, what it wrote, guesses, and what had to be fed again
+    tokens_prompt: int = 0  # given as prompts, of all its frames
+    tokens_returned: int = 0  # given as values of calls
     tokens_guessed: int = 0
     tokens_accepted: int = 0  # guesses that the model wrote indeed
-    tokens_refed: int = 0  # of suspended contexts whose cache had been given up
+    tokens_refed: int = 0  # of contexts whose cache had been given up
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Decoder:
     def solve(self, prompts: Sequence[str]) -> Iterator[Problem]:
         """Yield each problem as it ends. (An order of its own: `Problem.index` says which prompt it was.)"""
         waiting = deque(Problem(i, prompt) for i, prompt in enumerate(prompts))
-        longest = max((len(self.tokenizer.start(p)) for p in prompts), default=0)
+        longest = max((len(self.tokenizer.start(p)) for p in prompts), default=1)
         most_rows = min(len(waiting), self.engine.rows_for(longest, self.limits))
         self.engine.reset(most_rows)
         self.shared, self.peak_bytes = Shared(), 0
@@ -438,7 +438,7 @@ class Lookup:
             place = self.after.get(ngram)
             if place is None and self.caller:
                 place = self.caller.after.get(ngram, 0) - self.caller.start
-                place = place if place > 0 else None  # else: there is none, or where the caller was called from
+                place = place if place > 0 else None  # else: there is none, or it is in the caller's caller
             if place is not None:
                 self.places.setdefault(place, 0.3 * n)
                 break
@@ -555,7 +555,9 @@ class Engine:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Half of the memory that is free on the device; of a computer at most 4 GiB, so that batches are the same on most."""
+    """Half of the memory that is free on the device; of a computer at most 4 GiB, so that batches are the same on most, and 2 GiB
+    where it cannot be told (not on Linux).
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     try:
@@ -572,16 +574,17 @@ def cache_bytes(kv_budget: float | None, device: torch.device) -> int:
 
 
 def bounds(task, problems: Sequence, method: str, tokenizer: Tokenizer) -> dict[str, int]:
-    """Limits for problems whose solution is known: 100 and 1.25 times the tokens that the oracle writes, in all and in a segment.
+    """Limits for problems whose solution is known: 100 and 1.25 times the most tokens that the oracle writes for one of
+    them, in all and in a segment; on the stack one frame more than it has contexts.
 
     What goes beyond has gone astray. One context that goes on to the model's end would hold up all that run beside it.
     """
-    total = longest = deepest = 0
+    total = longest = contexts = 0
     for problem in problems:
         levels = task.levels(problem, method)
         sizes = [len(tokenizer.segment(s.text)) + 1 for level in levels for s in task.context(level, method) if s.written]
-        total, longest, deepest = max(total, sum(sizes)), max(longest, *sizes), max(deepest, len(levels))
-    return dict(max_tokens=100 + total * 5 // 4, max_segment_tokens=100 + longest * 5 // 4, max_depth=deepest + 1)
+        total, longest, contexts = max(total, sum(sizes)), max(longest, *sizes), max(contexts, len(levels))
+    return dict(max_tokens=100 + total * 5 // 4, max_segment_tokens=100 + longest * 5 // 4, max_depth=contexts + 1)
 
 
 # --- the command line --------------------------------------------------------------------------------------------
@@ -619,6 +622,10 @@ class RecurseConfig:
 def load_solver(adapter: Path, base: Path | None, device: torch.device, dtype: torch.dtype) -> tuple[LLaMA, Tokenizer]:
     """A base with an adapter merged into it, and its tokenizer."""
     _, trained_on = lora.read_adapter_config(adapter)
+    if base is None and (not trained_on or not llama.find_folder(Path(trained_on)).is_dir()):
+        raise UserError(
+            f"{adapter}: its base, {trained_on or 'not named'}, is no folder here; name the base's folder with --base"
+        )
     model, tokenizer = llama.load(llama.find_folder(base or Path(trained_on)), device=device, dtype=dtype)
     lora.load_adapter(model, adapter)
     lora.merge(model)
@@ -702,4 +709,5 @@ def main(c: RecurseConfig) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # not every terminal has the sign for a newline
     llama.run_script(lambda: main(tyro.cli(RecurseConfig)))

@@ -38,6 +38,7 @@ CASES = [
     ("eval.py", ["--problems", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ("recurse.py", ["1 + 2", "--temperature", "nan"], "--temperature and --seed of 0 or more"),
     ("eval.py", ["--n", "0"], "1 or more"),
+    ("eval.py", ["--runs", "nowhere"], "--runs nowhere: no such folder"),
     ("eval.py", ["--lengths", "5000"], "lengths of 1 to 4000"),
 ]
 
@@ -69,6 +70,11 @@ def test_damaged_adapter_and_foreign_base(tmp_path, small_base):
     shutil.copytree(BASE / "adapters/addition-retuning", adapter)
     done = run("recurse.py", "1 + 2", "--adapter", adapter, "--base", small_base)
     assert done.returncode == 1 and "the base needs" in done.stderr and "Traceback" not in done.stderr
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace("checkpoints/tiny", "someone/a-base"))
+    done = run("recurse.py", "1 + 2", "--adapter", adapter)
+    assert done.returncode == 1 and "its base, someone/a-base, is no folder here" in done.stderr and "--base" in done.stderr
+    shutil.copy(BASE / "adapters/addition-retuning/adapter_config.json", config)
     file = adapter / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     done = run("recurse.py", "1 + 2", "--adapter", adapter)

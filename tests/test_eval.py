@@ -20,6 +20,12 @@ def run(*args):
     return subprocess.run(command, capture_output=True, text=True, timeout=200)
 
 
+def empty(folder):
+    """A folder without runs, so that the shipped adapters are what is evaluated."""
+    (folder / "none").mkdir(exist_ok=True)
+    return folder / "none"
+
+
 @pytest.mark.parametrize(
     ("correct", "n", "low", "high"), [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (50, 100, 0.4038, 0.5962)]
 )
@@ -40,7 +46,7 @@ def test_reach():
 
 
 def test_ood(tmp_path):
-    done = run("--ood", "--lengths", "3", "5", "--n", "4", "--out", tmp_path, "--runs", tmp_path / "none")
+    done = run("--ood", "--lengths", "3", "5", "--n", "4", "--out", tmp_path, "--runs", empty(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "ood.json").read_text())
     assert [(r["task"], r["method"], r["length"]) for r in report["results"]] == [
@@ -80,18 +86,22 @@ def test_all_methods_get_the_same_problems_and_seeds_differ(tmp_path):
 def test_your_own_problems(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"task": "addition", "a": "7319", "b": "2143"}\n\n{"task": "addition", "a": "5", "b": "17"}\n')
-    done = run("--problems", file, "--method", "retuning", "--out", tmp_path, "--runs", tmp_path / "none")
+    done = run("--problems", file, "--method", "retuning", "--out", tmp_path, "--runs", empty(tmp_path))
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "problems.json").read_text())["results"]
     assert [(r["length"], r["n"]) for r in results] == [(2, 1), (4, 1)]
 
 
-def test_problems_without_an_adapter_are_an_error(tmp_path):
+def test_problems_without_an_adapter_are_an_error(tmp_path, monkeypatch):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"task": "addition", "a": "1", "b": "2"}\n{"task": "dp", "items": [3, -2, 5]}\n')
     adapter = BASE / "adapters/addition-retuning"
+    flags = dict(problems=file, method="retuning")
+    with pytest.raises(UserError, match="problems of dp, but --task is addition"):
+        evaluation.cells(evaluation.EvalConfig(**flags, task="addition", adapter=adapter))
+    monkeypatch.setattr(evaluation, "find_adapters", lambda c: [("addition", "retuning", adapter)])
     with pytest.raises(UserError, match="no adapter for dp"):
-        evaluation.cells(evaluation.EvalConfig(problems=file, task="addition", method="retuning", adapter=adapter))
+        evaluation.cells(evaluation.EvalConfig(**flags))
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
@@ -171,7 +181,7 @@ def outcome(results):
 
 
 def test_two_processes_share_the_problems(tmp_path):
-    flags = ("--lengths", 3, 4, "--n", 7, "--method", "retuning", "--runs", tmp_path / "none")
+    flags = ("--lengths", 3, 4, "--n", 7, "--method", "retuning", "--runs", empty(tmp_path))
     assert run(*flags, "--out", tmp_path / "one").returncode == 0
     done = run(*flags, "--out", tmp_path / "two", "--processes", 2)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -183,7 +193,7 @@ def test_two_processes_share_the_problems(tmp_path):
 def test_interrupted_processes_stop_in_one_line_and_go_on(tmp_path):
     """By `kill -INT` to the first process, which stops the others."""
     flags = "--task addition --method retuning --lengths 2 16 --n 30 --processes 2 --dtype float32".split()
-    command = [sys.executable, ROOT / "eval.py", *flags, "--out", tmp_path, "--runs", tmp_path / "none"]
+    command = [sys.executable, ROOT / "eval.py", *flags, "--out", tmp_path, "--runs", empty(tmp_path)]
     started = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored in what a shell runs in the background

@@ -73,7 +73,7 @@ def test_a_strength_weakens_the_update_until_it_is_put_back(rank):
     assert torch.equal(model(TOKENS), before)
 
 
-def test_the_output_layer_alone_and_tied_to_the_embeddings():
+def test_the_output_layer_alone_and_tied_to_the_embeddings(tokenizer, tmp_path):
     model = random_model(tie_embeddings=True)
     embeddings = model.tok_embeddings.weight.clone()
     lora.wrap(model, lora.LoRAConfig(rank=4, alpha=4.0, targets=("output",)))
@@ -86,6 +86,8 @@ def test_the_output_layer_alone_and_tied_to_the_embeddings():
     lora.merge(model)
     torch.testing.assert_close(model(TOKENS), after, atol=1e-4, rtol=1e-4)
     assert torch.equal(model.tok_embeddings.weight, embeddings)
+    llama.save(model, tokenizer, tmp_path, dtype=torch.float32)  # no longer tied
+    torch.testing.assert_close(llama.load(tmp_path)[0](TOKENS), after, atol=1e-4, rtol=1e-4)
 
 
 def test_save_and_load(tmp_path):
@@ -168,6 +170,7 @@ def test_adapters_that_do_not_fit_are_refused(base_and_adapter, tmp_path):
     for change, match in [
         ({"peft_type": "IA3"}, "IA3"),
         ({"use_dora": True}, "use_dora"),
+        ({"init_lora_weights": "pissa_niter_4"}, "the base's own weights were changed"),
         ({"bias": "all"}, "bias"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens"),
         ({"r": 0}, "rank 0"),

@@ -339,6 +339,7 @@ def test_number_of_problems_at_once_follows_the_memory():
     assert engine.rows_for(16, Limits(cache_bytes=position * 64 * 2 * 10)) == 10, "half of it for four times the prompts"
     assert engine.rows_for(17, Limits(cache_bytes=position * 128 * 2 * 10)) == 10, "in steps of 64"
     assert engine.rows_for(20, Limits(cache_bytes=1)) == 1
+    assert not list(Decoder(engine, llama.Tokenizer(BASE / "tokenizer.model")).solve([]))
 
 
 @pytest.mark.parametrize("rows", [2.5, 1.0])
