@@ -534,19 +534,25 @@ class DP:
 
     @staticmethod
     def lesson(rng: random.Random) -> Context:
-        """A context of marks as far as the decision on the first item, which alone is to be learned from it.
+        """A context of marks, of which one decision alone is to be learned: what to return; or, in two of three, which go no
+        further, whether the next item can be used.
 
-        Of one that cannot be used the decision is True whatever the sums, which the adapter is to learn too: there, in one
-        lesson of seven, it is not what the meaning says.
+        Of an item that cannot be used that is True whatever the sums, which the meaning does not say: there is none then.
         """
+        answer = rng.random() < 1 / 3
         while True:
-            n = rng.choices(DP.train_lengths, DP.train_lengths)[0]
-            p = DP.Problem(DP.draw(rng, n), "marks", can_use=rng.random() < 0.75)
+            n = rng.choice(range(1, 6)) if answer else rng.choices(DP.train_lengths, DP.train_lengths)[0]
+            p = DP.Problem(DP.draw(rng, n), "marks", can_use=rng.random() < (0.5 if answer else 0.75))
             if not any(map(DP.held_out, DP.solved(p, "retuning"))):
                 break
-        prompt, call, *_ = DP.context(p, "retuning")
+        *before, last = DP.context(p, "retuning")
+        if answer:
+            head, colon, marks = last.text.rpartition(":")
+            return [*(given(s.text) for s in before), given(head + colon), written(marks)]
+        prompt, call, *_ = before
         head, space, decision = call.text.rpartition(" ")
-        return [*(Segment(text, False, DP.meaning(text)) for text in (prompt.text, head)), written(space + decision)]
+        meanings = (DP.meaning(text) if p.can_use else None for text in (prompt.text, head))
+        return [*map(Segment, (prompt.text, head), (False, False), meanings), written(space + decision)]
 
     @staticmethod
     def meaning(text: str) -> str:
