@@ -513,7 +513,7 @@ class DP:
         sum takes the first item is decided there, which takes the longest to learn. Whole problems, which leave nothing to be
         decided, are few; so are marks whose first item cannot be used, against those where it can.
         """
-        kind = rng.choices(("whole", "sums", "marks"), (4, 9, 20))[0] if method == "retuning" else "whole"
+        kind = rng.choices(("whole", "sums", "marks"), (4, 14, 14))[0] if method == "retuning" else "whole"
         lengths = range(DP.train_lengths[0] if kind == "whole" else 1, DP.train_lengths[-1] + 1)
         n = rng.choices(lengths, lengths)[0] if method == "retuning" else rng.choice(lengths)
         while True:
@@ -547,8 +547,8 @@ class DP:
                 break
         *before, last = DP.context(p, "retuning")
         if answer:
-            head, colon, marks = last.text.rpartition(":")
-            return [*(given(s.text) for s in before), given(head + colon), written(marks)]
+            head, bracket, marks = last.text.rpartition("[")
+            return [*(given(s.text) for s in before), given(head + bracket), written(marks)]
         prompt, call, *_ = before
         head, space, decision = call.text.rpartition(" ")
         meanings = (DP.meaning(text) if p.can_use else None for text in (prompt.text, head))

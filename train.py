@@ -330,8 +330,8 @@ class Data:
                 size = len(example.tokens)
                 raise UserError(f"a training context has {size} tokens, the base takes {self.max_seq_len} at most")
 
-    LESSON = 17.0  # targets of other contexts: what each of its own counts for
-    ALIKE = 8000.0  # ... and what it counts for, at the start of a run, that its states are those of its meaning
+    LESSON = 50.0  # targets of other contexts: what its decision counts for
+    ALIKE = 4000.0  # ... and, at the start of a run, that its states are those of its meaning
 
     def lesson(self, rng: random.Random, step: int) -> Example:
         """A lesson (see `tasks.DP.lesson`): its words are to do inside the model what the words of its meaning do in the base.
@@ -342,7 +342,10 @@ class Data:
         """
         left = max(0.0, 1 - step / (self.c.taught * self.c.steps)) if self.c.taught else 0.0
         example = encode(TASKS[self.c.task].lesson(rng), self.tokenizer)
-        return replace(example, weight=self.LESSON, alike=self.ALIKE * left if example.meaning else 0.0)
+        decided = next(i for i, label in enumerate(example.labels) if label != IGNORE)  # what follows says nothing new
+        labels = [label if i == decided else IGNORE for i, label in enumerate(example.labels)]
+        alike = self.ALIKE * left if example.meaning else 0.0
+        return replace(example, labels=labels, weight=self.LESSON, alike=alike)
 
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
@@ -415,12 +418,11 @@ def pack(examples: list[Example], model: LLaMA) -> Batch:
 
 
 def alike_weights(e: Example) -> list[float]:
-    """As tokens: the weight of a lesson's states, shared out among the places from the first that has another meaning on."""
+    """As tokens: the weight of a lesson's states, shared out among the places that have another meaning, and where it decides."""
     if not e.alike:
         return [0.0] * len(e.tokens)
-    first = next(i for i, (token, other) in enumerate(zip(e.tokens, e.meaning, strict=True)) if token != other)
-    n = len(e.tokens) - first
-    return [0.0] * first + [e.alike / n] * n
+    places = [t != other or label != IGNORE for t, other, label in zip(e.tokens, e.meaning, e.labels, strict=True)]
+    return [e.alike / sum(places) * here for here in places]
 
 
 def n_targets(examples: list[Example]) -> int:

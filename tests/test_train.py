@@ -417,7 +417,7 @@ def test_a_lesson_is_the_start_of_a_training_context(tokenizer):
         labels = [label for label in taught.labels if label != train.IGNORE]
         assert labels == [label for label in whole.labels[:n] if label != train.IGNORE][-len(labels) :]
         if n == len(whole.tokens):
-            assert tokenizer.decode(labels) == f" {DP.oracle(p)}" and taught.meaning is None
+            assert tokenizer.decode(labels) == DP.oracle(p)[1:] and taught.meaning is None
             kinds["marks", DP.oracle(p)[1]] += 1
         else:
             decision = "False" if DP.marks(p.items, p.can_use)[0] == 1 else "True"
@@ -438,9 +438,11 @@ def test_a_lesson_is_to_do_in_the_adapter_what_its_meaning_does_in_the_base(toke
     ]
     assert shares == [1, 0.5, 0] and e.alike == data.ALIKE
     assert e.weight == data.LESSON
-    first = [token == other for token, other in zip(e.tokens, e.meaning, strict=True)].index(False)
     weights = train.alike_weights(e)
-    assert [w > 0 for w in weights] == [i >= first for i in range(len(weights))] and abs(sum(weights) - data.ALIKE) < 1e-6
+    differ = [i for i, (token, other) in enumerate(zip(e.tokens, e.meaning, strict=True)) if token != other]
+    decides = [tokenizer.decode(e.tokens[i + 1 : i + 2]) in (" True", " False") for i in range(len(e.tokens) - 1)]
+    compared = [*differ, max(i for i, here in enumerate(decides) if here)]
+    assert [i for i, w in enumerate(weights) if w > 0] == compared and abs(sum(weights) - data.ALIKE) < 1e-6
     base, model = random_model(n_layers=5), random_model(n_layers=5)
     lora.wrap(model, replace(CONFIG, targets=lora.BLOCK_LAYERS))
     for p in train.trainable(model).values():
@@ -455,7 +457,8 @@ def test_a_lesson_is_to_do_in_the_adapter_what_its_meaning_does_in_the_base(toke
     own, understood = after_blocks(model, e.tokens), after_blocks(base, e.meaning)
     assert len(own) == 2, "after the second and the fourth block"
     apart = [
-        ((x - y)[first:].norm(dim=-1) / y[first:].norm(dim=-1)).square().mean() for x, y in zip(own, understood, strict=True)
+        ((x - y)[compared].norm(dim=-1) / y[compared].norm(dim=-1)).square().mean()
+        for x, y in zip(own, understood, strict=True)
     ]
     for checkpointing in (False, True):
         loss, words = (train.loss_sum(model, train.pack([x], model), checkpointing) for x in (e, replace(e, alike=0.0)))
@@ -465,6 +468,17 @@ def test_a_lesson_is_to_do_in_the_adapter_what_its_meaning_does_in_the_base(toke
     gradients = {n: p.grad for n, p in train.trainable(model).items()}
     assert all(g.norm() > 0 for n, g in gradients.items() if "layers.3" in n), "as far as the last block that is compared"
     assert not any(g.norm() > 1e-3 for n, g in gradients.items() if "layers.4" in n), "and no further"
+
+
+def test_of_a_lesson_its_decision_alone_counts(tokenizer):
+    """Whether the item is used, or can be; not the words after it."""
+    data = train.Data(train.complete(train.TrainConfig(task="dp")), tokenizer, 4096)
+    decisions = Counter()
+    for i in range(60):
+        e = data.lesson(random.Random(i), 0)
+        (label,) = (label for label in e.labels if label != train.IGNORE)
+        decisions[tokenizer.decode([label]).strip()] += 1
+    assert set(decisions) == {"True", "False", "1", "2"} and min(decisions.values()) > 3, decisions
 
 
 def test_what_has_a_meaning_goes_through_the_model_by_itself():
