@@ -314,6 +314,7 @@ class LLaMA(nn.Module):
         n_new: Tensor | None = None,
         select: Tensor | None = None,
         lengths: list[int] | None = None,
+        reading: tuple[Tensor, Tensor] | None = None,
         gradient_checkpointing: bool = False,
     ) -> Tensor:
         """Logits of the next token.
@@ -327,6 +328,8 @@ class LLaMA(nn.Module):
         select      as tokens, bool: where logits are wanted. The last feed-forward and the output layer see no other place.
         lengths     of the contexts packed into tokens [N]; what is beyond is padding. They see nothing of each other. Without a
                     cache only.
+        reading     (other ids, share from 0 to 1), both as tokens: an embedding is so far on the way to that of the other id.
+                    In training only.
 
         Returns [*tokens.shape, vocab_size], or [select.sum(), vocab_size]. Raises ValueError where a context would outgrow
         `max_seq_len`.
@@ -361,6 +364,9 @@ class LLaMA(nn.Module):
             n_selected, select = len(select), fill_up(select, unit)
         cos, sin = rotary_angles(positions, self.config)
         x = self.tok_embeddings(tokens)  # [B, T, D], or [N, D] if packed or with a cache
+        if reading is not None:
+            other, share = reading
+            x = x.lerp(self.tok_embeddings(other), share[..., None].to(x.dtype))
         for layer, attend in zip(self.layers, attends, strict=True):
             wanted = select if layer is self.layers[-1] else None
             if gradient_checkpointing and torch.is_grad_enabled():

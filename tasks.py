@@ -513,7 +513,7 @@ class DP:
         sum takes the first item is decided there, which takes the longest to learn. Whole problems, which leave nothing to be
         decided, are few; so are marks whose first item cannot be used, against those where it can.
         """
-        kind = rng.choices(("whole", "sums", "marks"), (4, 14, 14))[0] if method == "retuning" else "whole"
+        kind = rng.choices(("whole", "sums", "marks"), (4, 9, 20))[0] if method == "retuning" else "whole"
         lengths = range(DP.train_lengths[0] if kind == "whole" else 1, DP.train_lengths[-1] + 1)
         n = rng.choices(lengths, lengths)[0] if method == "retuning" else rng.choice(lengths)
         while True:
@@ -534,25 +534,19 @@ class DP:
 
     @staticmethod
     def lesson(rng: random.Random) -> Context:
-        """A context of marks, of which one decision alone is to be learned: what to return; or, in two of three, which go no
-        further, whether the next item can be used.
+        """A context of marks as far as the decision on the first item, which alone is to be learned from it.
 
-        Of an item that cannot be used that is True whatever the sums, which the meaning does not say: there is none then.
+        Of one that cannot be used the decision is True whatever the sums, which the adapter is to learn too: there, in one
+        lesson of seven, it is not what the meaning says.
         """
-        answer = rng.random() < 1 / 3
         while True:
-            n = rng.choice(range(1, 6)) if answer else rng.choices(DP.train_lengths, DP.train_lengths)[0]
-            p = DP.Problem(DP.draw(rng, n), "marks", can_use=rng.random() < (0.5 if answer else 0.75))
+            n = rng.choices(DP.train_lengths, DP.train_lengths)[0]
+            p = DP.Problem(DP.draw(rng, n), "marks", can_use=rng.random() < 0.75)
             if not any(map(DP.held_out, DP.solved(p, "retuning"))):
                 break
-        *before, last = DP.context(p, "retuning")
-        if answer:
-            head, bracket, marks = last.text.rpartition("[")
-            return [*(given(s.text) for s in before), given(head + bracket), written(marks)]
-        prompt, call, *_ = before
+        prompt, call, *_ = DP.context(p, "retuning")
         head, space, decision = call.text.rpartition(" ")
-        meanings = (DP.meaning(text) if p.can_use else None for text in (prompt.text, head))
-        return [*map(Segment, (prompt.text, head), (False, False), meanings), written(space + decision)]
+        return [*(Segment(text, False, DP.meaning(text)) for text in (prompt.text, head)), written(space + decision)]
 
     @staticmethod
     def meaning(text: str) -> str:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -109,8 +109,8 @@ class TrainConfig:
     ahead by so much wider a margin, and this is the loss that is shown and logged (default: TASK_DEFAULTS)"""
     lessons: float | None = None
     """share of the contexts that teach what a phrase means, for tasks that have such (default: TASK_DEFAULTS; re-tuning only)"""
-    taught: float = 0.4
-    """share of the run in which they also ask for the states of the meaning, less and less, see `Data.lesson`"""
+    taught: float = 0.25
+    """share of the run by the end of which these are read as they stand, all but a few, see `Data.lesson`"""
     replay: float | None = None
     """share of primer contexts among the other examples, so that what the base can do at greater lengths is kept (default:
     TASK_DEFAULTS)"""
@@ -128,12 +128,11 @@ class TrainConfig:
 class TaskDefaults:
     """What suits a task on the shipped base: the best of what was tried (see the README), the same for all of its methods.
 
-    But for the steps of dynamic programming, of which re-tuning gets the fewest (long scratchpads few too, but more tokens), and
-    for lessons, which re-tuning alone has.
+    But for long scratchpads, which get fewer steps for about as many tokens, and for lessons, which re-tuning alone has.
     """
 
     steps: int = 1600
-    method_steps: dict[str, int] = field(default_factory=dict)  # of methods that get more or fewer
+    scratchpad_steps: int | None = None  # None: as many
     batch_size: int = 32
     targets: tuple[str, ...] = lora.BLOCK_LAYERS
     weaken: float = 0.0
@@ -150,13 +149,7 @@ TASK_DEFAULTS = {
     "addition": TaskDefaults(focus="digits"),
     "parity": TaskDefaults(steps=1000, focus="bits"),
     "dp": TaskDefaults(
-        steps=3400,
-        method_steps={"scratchpad": 1230, "retuning": 900},
-        batch_size=24,
-        weaken=0.2,
-        lessons=0.3,
-        focus="integers",
-        max_items=96,
+        steps=3400, scratchpad_steps=1230, batch_size=24, weaken=0.2, lessons=0.25, focus="integers", max_items=96
     ),
 }
 
@@ -201,8 +194,11 @@ PRESETS: dict[str, dict] = {
 def complete(c: TrainConfig) -> TrainConfig:
     """With the defaults that depend on task and method, where nothing else is given."""
     task = TASK_DEFAULTS.get(c.task, TaskDefaults())
+    steps = task.steps
+    if c.method == "scratchpad" and task.scratchpad_steps:
+        steps = task.scratchpad_steps
     names = ("batch_size", "targets", "weaken", "temperature", "lessons", "replay")
-    defaults = dict(steps=task.method_steps.get(c.method, task.steps)) | {name: getattr(task, name) for name in names}
+    defaults = dict(steps=steps) | {name: getattr(task, name) for name in names}
     if c.method != "retuning":
         defaults["lessons"] = 0.0
     return replace(c, **{name: value for name, value in defaults.items() if getattr(c, name) is None})
@@ -219,8 +215,8 @@ class Example:
     labels: list[int]
     positions: list[float]
     weight: float = 1.0  # of each of its targets in the mean over a step
-    meaning: list[int] | None = None  # of a lesson: other ids, as many
-    alike: float = 0.0  # what it counts for that the states are those of the base that reads these, see `unlikeness`
+    meaning: list[int] | None = None  # of a lesson: other ids, as many, of which the embeddings have a share
+    share: float = 0.0
 
 
 def encode(context: Context, tokenizer: Tokenizer) -> Example:
@@ -330,22 +326,17 @@ class Data:
                 size = len(example.tokens)
                 raise UserError(f"a training context has {size} tokens, the base takes {self.max_seq_len} at most")
 
-    LESSON = 50.0  # targets of other contexts: what its decision counts for
-    ALIKE = 4000.0  # ... and, at the start of a run, that its states are those of its meaning
+    LESSON = 50.0  # targets of other contexts: what its few count for together
 
     def lesson(self, rng: random.Random, step: int) -> Example:
-        """A lesson (see `tasks.DP.lesson`): its words are to do inside the model what the words of its meaning do in the base.
+        """A lesson (see `tasks.DP.lesson`). Its embeddings go over from those of the meaning to those of its own words.
 
-        (A hint, as of Romero et al. 2015.) That the decision is right is not enough: in lists as short as these there are many
-        ways to it, and few of them are right in long ones. Once found it is kept without a hint, which would only be in the way
-        of what else is to be right by a margin.
+        An adapter that begins with what the base can do follows it there. One that is to find it by itself does not.
         """
-        left = max(0.0, 1 - step / (self.c.taught * self.c.steps)) if self.c.taught else 0.0
         example = encode(TASKS[self.c.task].lesson(rng), self.tokenizer)
-        decided = next(i for i, label in enumerate(example.labels) if label != IGNORE)  # what follows says nothing new
-        labels = [label if i == decided else IGNORE for i, label in enumerate(example.labels)]
-        alike = self.ALIKE * left if example.meaning else 0.0
-        return replace(example, labels=labels, weight=self.LESSON, alike=alike)
+        left = 1 - step / max(1.0, self.c.taught * self.c.steps)
+        share = min(1.0, max(0.0, left + rng.uniform(-0.15, 0.1))) if rng.random() < 0.85 else 0.0
+        return replace(example, weight=self.LESSON / n_targets([example]), share=share)
 
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
@@ -358,11 +349,10 @@ class Data:
 
 
 def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example]]:
-    """Group examples of like length, at most max_tokens tokens a group (or one example); those with a meaning apart."""
+    """Group examples of like length, at most max_tokens tokens a group (or one example)."""
     groups: list[list[Example]] = []
-    for e in sorted(examples, key=lambda e: (e.meaning is None, len(e.tokens))):
-        alike = groups and (groups[-1][0].meaning is None) == (e.meaning is None)
-        if alike and sum(len(x.tokens) for x in groups[-1]) + len(e.tokens) <= max_tokens:
+    for e in sorted(examples, key=lambda e: len(e.tokens)):
+        if groups and sum(len(x.tokens) for x in groups[-1]) + len(e.tokens) <= max_tokens:
             groups[-1].append(e)
         else:
             groups.append([e])
@@ -386,14 +376,14 @@ class Batch:
     positions: Tensor  # [N]
     lengths: list[int]  # of the examples, padded; what is left of N is padding too
     weights: Tensor  # [N]
-    meaning: tuple[Tensor, Tensor] | None  # [N] other ids, and the weights of their states; None where there are no lessons
+    meaning: tuple[Tensor, Tensor] | None  # [N] other ids, and their share; None where there are no lessons
 
 
 def pack(examples: list[Example], model: LLaMA) -> Batch:
     """Lengths and their sum are rounded up, so that shapes are few; examples of one length are attended to in one product."""
     device, longest = model.device, model.config.max_seq_len
     lengths = [min(longest, llama.round_up(len(e.tokens), 32)) for e in examples]
-    tokens, labels, positions, weights, meaning, alike = [], [], [], [], [], []
+    tokens, labels, positions, weights, meaning, share = [], [], [], [], [], []
     for e, n in zip(examples, lengths, strict=True):
         more = n - len(e.tokens)
         tokens += e.tokens + [0] * more
@@ -401,7 +391,7 @@ def pack(examples: list[Example], model: LLaMA) -> Batch:
         positions += e.positions + [0.0] * more
         weights += [e.weight] * n
         meaning += (e.meaning or e.tokens) + [0] * more
-        alike += alike_weights(e) + [0.0] * more
+        share += [e.share] * n
     end = -len(tokens) % 512
 
     def padded(values: list, pad: int = 0, dtype: torch.dtype = torch.long) -> Tensor:
@@ -413,16 +403,8 @@ def pack(examples: list[Example], model: LLaMA) -> Batch:
         padded(positions, dtype=torch.float32),
         lengths,
         padded(weights, dtype=torch.float32),
-        (padded(meaning), padded(alike, dtype=torch.float32)) if any(alike) else None,
+        (padded(meaning), padded(share, dtype=torch.float32)) if any(share) else None,
     )
-
-
-def alike_weights(e: Example) -> list[float]:
-    """As tokens: the weight of a lesson's states, shared out among the places that have another meaning, and where it decides."""
-    if not e.alike:
-        return [0.0] * len(e.tokens)
-    places = [t != other or label != IGNORE for t, other, label in zip(e.tokens, e.meaning, e.labels, strict=True)]
-    return [e.alike / sum(places) * here for here in places]
 
 
 def n_targets(examples: list[Example]) -> int:
@@ -435,44 +417,18 @@ def weight(examples: list[Example]) -> float:
 
 
 def loss_sum(model: LLaMA, b: Batch, gradient_checkpointing: bool = False, temperature: float = 1.0) -> Tensor:
-    """Weighted sum of the cross-entropy (nats) of logits / temperature over the labelled places. No other logits are computed.
-
-    To it comes, for lessons, how far their states are from those of the base alone, reading the meaning.
-    """
+    """Weighted sum of the cross-entropy (nats) of logits / temperature over the labelled places. No other logits are computed."""
     select = b.labels != IGNORE
-    with states(model) as own:
-        logits = model(
-            b.tokens, positions=b.positions, lengths=b.lengths, select=select, gradient_checkpointing=gradient_checkpointing
-        )
+    logits = model(
+        b.tokens,
+        positions=b.positions,
+        lengths=b.lengths,
+        select=select,
+        reading=b.meaning,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     losses = F.cross_entropy(logits.float() / temperature, b.labels[select], reduction="none")
-    loss = losses @ b.weights[select]
-    if b.meaning is None:
-        return loss
-    ids, weights = b.meaning
-    base = getattr(model, "module", model)  # DistributedDataParallel is for what has a gradient
-    with torch.no_grad(), lora.disabled(base), states(base) as understood:
-        base(ids, positions=b.positions, lengths=b.lengths, select=select)
-    counted = weights > 0
-    return loss + unlikeness([x[counted] for x in own], [y[counted] for y in understood]) @ weights[counted]
-
-
-@contextlib.contextmanager
-def states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The residual stream [N, D] after every second block, the last left out, filled in as the model goes through them."""
-    out: list[Tensor] = []
-    layers = getattr(model, "module", model).layers
-    hooks = [layer.register_forward_hook(lambda _, __, x: out.append(x)) for layer in layers[1:-1:2] or layers[:-1]]
-    try:
-        yield out
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def unlikeness(own: list[Tensor], understood: list[Tensor]) -> Tensor:
-    """[N]: how far states are from others, squared, in units of the squared length of these; the mean over the blocks."""
-    apart = [(x.float() - y.float()).square().sum(-1) / y.float().square().sum(-1) for x, y in zip(own, understood, strict=True)]
-    return torch.stack(apart).mean(0)
+    return losses @ b.weights[select]
 
 
 def autocast(model: LLaMA, dtype: torch.dtype) -> torch.autocast:
@@ -881,8 +837,7 @@ def main() -> None:
     llama.join_processes(device)
     model, tokenizer = build(c)  # before a folder is made for a run that cannot be
     if c.lessons:
-        for seed in range(20):  # nor can one whose lessons, those that have a meaning, do not fit the tokenizer
-            encode(TASKS[c.task].lesson(random.Random(seed)), tokenizer)
+        encode(TASKS[c.task].lesson(random.Random(0)), tokenizer)  # nor can one whose lessons do not fit the tokenizer
     if rank == 0:
         folder = folder or new_run(c)
     if size > 1:
