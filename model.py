@@ -179,8 +179,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     longest = 1024 if q.dtype == torch.bfloat16 else 512
     if q.is_cuda or (q.is_cpu and (not torch.is_grad_enabled() or q.shape[2] > longest)):
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shared)
+        (B, H, T, hd), (K, S) = q.shape, k.shape[1:3]
+        if T == S or H == K or q.is_cuda:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=H != K)
+        # A few queries on many keys, as in decoding: heads that share these are stacked along T, so that they are read once.
+        mask = mask.repeat(1, 1, H // K, 1)
+        return F.scaled_dot_product_attention(q.reshape(B, K, -1, hd), k, v, attn_mask=mask).reshape(B, H, T, hd)
     return plain_attention(q, k, v, mask)
 
 
@@ -409,8 +413,8 @@ class KVCache:
 
     @staticmethod
     def round_up(capacity: int) -> int:
-        """Capacities are multiples of 64, so that growing is seldom needed."""
-        return -(-capacity // 64) * 64
+        """Capacities are multiples of 64, and of more where they are large: to grow copies all there is."""
+        return round_up(capacity, 64) if capacity else 0
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` positions a row."""

@@ -135,7 +135,7 @@ class Decoder:
             yield from self._take_out(live)
             if not live:
                 continue
-            self._fit(live, most_rows)
+            self._fit(live, min(most_rows, len(live) + len(waiting) + len(self.shared.ready)))
             self._step(live)
             yield from self._take_out(live)
 
@@ -278,10 +278,11 @@ class Decoder:
             self._forget(next(iter(self.suspended.values())))
         self.peak_bytes = max(self.peak_bytes, self.suspended_bytes + live_bytes)
 
-    def _fit(self, live: dict[int, Problem], most_rows: int) -> None:
+    def _fit(self, live: dict[int, Problem], wanted: int) -> None:
         """Fewer rows where the live contexts have outgrown the memory, and more again when there is room for twice as many.
 
-        The longest contexts stay. The others are put back, to be fed again.
+        The longest contexts stay. The others are put back, to be fed again. Where no more than half of the rows are wanted, the
+        others go: an idle row is computed with as well, or those in use are copied out at every step.
         """
         n_rows, frames = self.engine.n_rows, {row: problem.stack[-1] for row, problem in live.items()}
         # Not more than this is in use after the next step: it feeds what is pending, or a piece of it, and guesses.
@@ -293,8 +294,10 @@ class Decoder:
                 live[row].parked = True
                 self.shared.ready.append(live[row])
             self._take_out(live)
-        elif n_rows < most_rows and fit >= 2 * n_rows:
-            fit = min(2 * n_rows, most_rows)
+        elif 2 * wanted <= n_rows:
+            fit = wanted
+        elif n_rows < wanted and fit >= 2 * n_rows:
+            fit = min(2 * n_rows, wanted)
         else:
             return
         self.engine.keep(list(live), fit)

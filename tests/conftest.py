@@ -65,6 +65,9 @@ class ScriptedEngine:
     def n_rows(self):
         return len(self.rows)
 
+    def keep(self, rows, n_rows):
+        self.rows = [self.rows[row] for row in rows] + [[] for _ in range(n_rows - len(rows))]
+
     def clear(self, row):
         self.rows[row] = []
 
