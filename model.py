@@ -435,13 +435,17 @@ class KVCache:
         lengths = self.lengths if rows is None else self.lengths[rows]
         self.reserve(total)
         slots = lengths[:, None] + torch.arange(n_tokens, device=lengths.device)
-        # A query sees the slots up to its own. SDPA's is_causal is aligned to the first key and would be wrong here.
-        hidden = (torch.arange(total, device=lengths.device) > slots[:, :, None])[:, None]  # [B, 1, T, S]
-        mask = torch.zeros(hidden.shape, device=hidden.device, dtype=self.keys.dtype).masked_fill_(hidden, float("-inf"))
         index = torch.arange(len(self.lengths), device=lengths.device) if rows is None else rows
         place = index[:, None].expand_as(slots), slots
         place = tuple(x.flatten() if real is None else x[real] for x in place)
-        return slots, [LayerCache(k, v, rows, place, mask, real) for k, v in zip(self.keys, self.values, strict=True)]
+        views = zip(self.keys, self.values, strict=True)
+        if real is not None and self.keys.device.type == "cpu":  # long caches: better many small products than much padding
+            spans = row_spans(*place)
+            if len(lengths) * n_tokens * total - sum(n * end for _, n, end in spans) > LayerCache.CALL * len(lengths):
+                mask = hidden_mask(slots[real], total, self.keys.dtype)
+                return slots, [LayerCache(k, v, rows, place, slots.shape, mask, real, spans) for k, v in views]
+        mask = hidden_mask(slots, total, self.keys.dtype)[:, None]
+        return slots, [LayerCache(k, v, rows, place, slots.shape, mask, real) for k, v in views]
 
     def close(self, n_new: int | Tensor, rows: Tensor | None) -> None:
         if rows is None:
@@ -481,20 +485,40 @@ class LayerCache:
     values: Tensor
     rows: Tensor | None  # [B] those that are fed (None: all, so that a view serves instead of a copy)
     place: tuple[Tensor, Tensor]  # row and slot in the cache of each of the N real tokens
-    mask: Tensor  # [B, 1, T, S] 0 where a query may look, else -inf
+    shape: tuple[int, int]  # B and T, with padding
+    mask: Tensor  # [B, 1, T, S] 0 where a query may look, else -inf; [N, S] where each row is attended to by itself
     real: tuple[Tensor, Tensor] | None  # row and column of each of them among the B x T (None: all are real)
+    spans: list[tuple[int, int, int]] | None = None  # ... of each row: which it is, new tokens, positions in use
+
+    CALL = 3000  # a call for a row alone takes as long as so many pairs of a query and a key do (measured on CPUs)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, hd], k and v [N, K, hd] -> [N, H, hd]"""
-        k, v = self.append(k, v)  # [B, K, S, hd]
+        self.append(k, v)
+        if self.spans is not None:
+            return self.attend_by_row(q)
+        k, v = self.cached()
         y = attention(self.pad(q).transpose(1, 2), k, v, self.mask).transpose(1, 2)
         return y.flatten(0, 1) if self.real is None else y[self.real]  # without what is padding
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new k and v [N, K, hd]; return all keys and values up to S, [B, K, S, hd]."""
+    def attend_by_row(self, q: Tensor) -> Tensor:
+        """No padding, neither of tokens nor of positions."""
+        y, start = torch.empty_like(q), 0
+        for row, n, end in self.spans:
+            new = slice(start, start + n)
+            k, v = self.keys[row : row + 1, :, :end], self.values[row : row + 1, :, :end]
+            y[new] = attention(q[new].transpose(0, 1)[None], k, v, self.mask[None, None, new, :end])[0].transpose(0, 1)
+            start += n
+        return y
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store the new k and v [N, K, hd]."""
         rows, slots = self.place
         self.keys[rows, :, slots] = k.to(self.keys.dtype)
         self.values[rows, :, slots] = v.to(self.values.dtype)
+
+    def cached(self) -> tuple[Tensor, Tensor]:
+        """All keys and values up to S, [B, K, S, hd]."""
         size = self.mask.shape[-1]
         if self.rows is None:
             return self.keys[:, :, :size], self.values[:, :, :size]
@@ -502,8 +526,20 @@ class LayerCache:
 
     def pad(self, x: Tensor) -> Tensor:
         """[N, ...] -> [B, T, ...]"""
-        shape = self.mask.shape[0], self.mask.shape[2]
-        return x.view(*shape, *x.shape[1:]) if self.real is None else pad(x, self.real, shape)
+        return x.view(*self.shape, *x.shape[1:]) if self.real is None else pad(x, self.real, self.shape)
+
+
+def hidden_mask(slots: Tensor, total: int, dtype: torch.dtype) -> Tensor:
+    """[*slots.shape, total]: 0 up to a query's own slot, then -inf. SDPA's is_causal is aligned to the first key: wrong here."""
+    hidden = torch.arange(total, device=slots.device) > slots[..., None]
+    return torch.zeros(hidden.shape, device=slots.device, dtype=dtype).masked_fill_(hidden, float("-inf"))
+
+
+def row_spans(rows: Tensor, slots: Tensor) -> list[tuple[int, int, int]]:
+    """Of tokens [N] in the order of their rows: for each row which it is, how many there are, and the end of the last slot."""
+    which, counts = torch.unique_consecutive(rows, return_counts=True)
+    ends = slots[counts.cumsum(0) - 1] + 1
+    return list(zip(which.tolist(), counts.tolist(), ends.tolist(), strict=True))
 
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # queries, keys, values of the new tokens -> what they attend to

@@ -65,7 +65,8 @@ class StaticCache(KVCache):
         hidden = (torch.arange(self.capacity, device=slots.device) > slots[:, :, None])[:, None]
         mask = torch.zeros(hidden.shape, device=slots.device, dtype=self.keys.dtype).masked_fill(hidden, float("-inf"))
         place = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots).flatten(), slots.flatten()
-        return slots, [LayerCache(k, v, None, place, mask, None) for k, v in zip(self.keys, self.values, strict=True)]
+        views = zip(self.keys, self.values, strict=True)
+        return slots, [LayerCache(k, v, None, place, slots.shape, mask, None) for k, v in views]
 
 
 class Decoding:

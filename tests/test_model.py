@@ -8,7 +8,7 @@ import torch
 from conftest import BASE, LLAMA_TOKENIZER, random_model
 
 import model as llama
-from model import KVCache, Tokenizer
+from model import KVCache, LayerCache, Tokenizer
 from tasks import METHODS, TASKS, Primer
 
 SHAPES = [
@@ -66,9 +66,14 @@ def test_attention_in_training_equals_torchs(kv_heads, masked):
                 torch.testing.assert_close(a.float(), b.float(), **tolerance)
 
 
+@pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("changes", SHAPES)
-def test_cache_equals_no_cache(changes):
-    """One token, many tokens, many onto a non-empty cache, in ragged rows, on some rows only."""
+def test_cache_equals_no_cache(changes, by_row, monkeypatch):
+    """One token, many tokens, many onto a non-empty cache, in ragged rows, on some rows only; padded, and each row by itself."""
+    alone = []
+    attend_by_row = LayerCache.attend_by_row
+    monkeypatch.setattr(LayerCache, "CALL", 0 if by_row else 1e9)
+    monkeypatch.setattr(LayerCache, "attend_by_row", lambda *x: alone.append(x) or attend_by_row(*x))
     model = random_model(**changes)
     rng = random.Random(2)
     sequences = [[rng.randrange(3, 512) for _ in range(60)] for _ in range(3)]
@@ -85,7 +90,9 @@ def test_cache_equals_no_cache(changes):
             done[row] += n
     rows = torch.tensor([2, 0])
     with torch.no_grad():
-        logits = model(torch.tensor([[sequences[r][done[r]]] for r in (2, 0)]), cache=cache, rows=rows)
+        tokens = torch.tensor([[sequences[r][done[r]]] for r in (2, 0)])
+        logits = model(tokens, cache=cache, rows=rows, n_new=torch.tensor([1, 1]))
+    assert len(alone) == (7 * model.config.n_layers if by_row else 0)
     for i, r in enumerate((2, 0)):
         torch.testing.assert_close(logits[i, 0], expected[r][done[r]], atol=2e-4, rtol=1e-4)
     assert cache.lengths.tolist() == [done[0] + 1, done[1], done[2] + 1]
