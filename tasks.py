@@ -536,7 +536,8 @@ class DP:
     def lesson(rng: random.Random) -> Context:
         """A context of marks as far as the decision on the first item, which alone is to be learned from it.
 
-        Of one that cannot be used the decision is True whatever the sums. That is not what the meaning says: there is none then.
+        Of one that cannot be used the decision is True whatever the sums, which the adapter is to learn too: there, in one
+        lesson of seven, it is not what the meaning says.
         """
         while True:
             n = rng.choices(DP.train_lengths, DP.train_lengths)[0]
@@ -545,8 +546,7 @@ class DP:
                 break
         prompt, call, *_ = DP.context(p, "retuning")
         head, space, decision = call.text.rpartition(" ")
-        meanings = (DP.meaning(text) if p.can_use else None for text in (prompt.text, head))
-        return [*map(Segment, (prompt.text, head), (False, False), meanings), written(space + decision)]
+        return [*(Segment(text, False, DP.meaning(text)) for text in (prompt.text, head)), written(space + decision)]
 
     @staticmethod
     def meaning(text: str) -> str:

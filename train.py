@@ -215,9 +215,8 @@ class Example:
     labels: list[int]
     positions: list[float]
     weight: float = 1.0  # of each of its targets in the mean over a step
-    meaning: list[int] | None = None  # of a lesson: other ids, as many
-    share: float = 0.0  # ... that these have of the embeddings
-    alike: list[float] | None = None  # ... and the weights by which its states are to be those of the base that reads these
+    meaning: list[int] | None = None  # of a lesson: other ids, as many, of which the embeddings have a share
+    share: float = 0.0
 
 
 def encode(context: Context, tokenizer: Tokenizer) -> Example:
@@ -292,7 +291,6 @@ class Data:
     def __init__(self, c: TrainConfig, tokenizer: Tokenizer, max_seq_len: int):
         self.c, self.tokenizer, self.max_seq_len = c, tokenizer, max_seq_len
         self.is_boundary = boundaries(tokenizer)
-        self.bracket = tokenizer.sp.piece_to_id("]")
         self.replayed = TASK_DEFAULTS.get(c.task, TaskDefaults())
 
     def __getitem__(self, step: int) -> list[Example]:
@@ -328,30 +326,17 @@ class Data:
                 size = len(example.tokens)
                 raise UserError(f"a training context has {size} tokens, the base takes {self.max_seq_len} at most")
 
-    LESSON = 50.0  # targets of other contexts: what its decision counts for
-    ALIKE = 400.0  # ... and that its states are those of its meaning
+    LESSON = 50.0  # targets of other contexts: what its few count for together
 
     def lesson(self, rng: random.Random, step: int) -> Example:
-        """A lesson (see `tasks.DP.lesson`): its words are to do inside the model what the words of its meaning do in the base.
+        """A lesson (see `tasks.DP.lesson`). Its embeddings go over from those of the meaning to those of its own words.
 
-        Its embeddings go over from those of the meaning to those of its own words: an adapter that begins with what the base can
-        do follows it there; one that is to find it by itself does not. That the decision is right is not enough, as in lists as
-        short as these there are many ways to it, and few of them are right in long ones: so two of its states are compared with
-        those that the base has of the meaning (a hint, as of Romero et al. 2015): where it decides, and where `item[0]` has just
-        been named, on which that depends. With more of them the words that follow there are not learned for long lists.
+        An adapter that begins with what the base can do follows it there. One that is to find it by itself does not.
         """
+        example = encode(TASKS[self.c.task].lesson(rng), self.tokenizer)
         left = 1 - step / max(1.0, self.c.taught * self.c.steps)
         share = min(1.0, max(0.0, left + rng.uniform(-0.15, 0.1))) if rng.random() < 0.85 else 0.0
-        example = encode(TASKS[self.c.task].lesson(rng), self.tokenizer)
-        decides = next(i for i, label in enumerate(example.labels) if label != IGNORE)  # what follows says nothing new
-        labels = [label if i == decides else IGNORE for i, label in enumerate(example.labels)]
-        example = replace(example, labels=labels, weight=self.LESSON)
-        if example.meaning is None:
-            return example
-        pairs = enumerate(zip(example.tokens, example.meaning, strict=True))
-        _, named, _ = (i for i, (token, other) in pairs if token != other == self.bracket)  # sum[0], item[0], sum[2]
-        alike = [self.ALIKE / 2 * (i in (named, decides)) for i in range(len(labels))]
-        return replace(example, share=share, alike=alike)
+        return replace(example, weight=self.LESSON / n_targets([example]), share=share)
 
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
@@ -364,11 +349,10 @@ class Data:
 
 
 def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example]]:
-    """Group examples of like length, at most max_tokens tokens a group (or one example); those with a meaning apart."""
+    """Group examples of like length, at most max_tokens tokens a group (or one example)."""
     groups: list[list[Example]] = []
-    for e in sorted(examples, key=lambda e: (e.meaning is None, len(e.tokens))):
-        alike = groups and (groups[-1][0].meaning is None) == (e.meaning is None)
-        if alike and sum(len(x.tokens) for x in groups[-1]) + len(e.tokens) <= max_tokens:
+    for e in sorted(examples, key=lambda e: len(e.tokens)):
+        if groups and sum(len(x.tokens) for x in groups[-1]) + len(e.tokens) <= max_tokens:
             groups[-1].append(e)
         else:
             groups.append([e])
@@ -392,14 +376,14 @@ class Batch:
     positions: Tensor  # [N]
     lengths: list[int]  # of the examples, padded; what is left of N is padding too
     weights: Tensor  # [N]
-    meaning: tuple[Tensor, Tensor, Tensor] | None  # [N] other ids, their share, the weights of their states; None: no lessons
+    meaning: tuple[Tensor, Tensor] | None  # [N] other ids, and their share; None where there are no lessons
 
 
 def pack(examples: list[Example], model: LLaMA) -> Batch:
     """Lengths and their sum are rounded up, so that shapes are few; examples of one length are attended to in one product."""
     device, longest = model.device, model.config.max_seq_len
     lengths = [min(longest, llama.round_up(len(e.tokens), 32)) for e in examples]
-    tokens, labels, positions, weights, meaning, share, alike = [], [], [], [], [], [], []
+    tokens, labels, positions, weights, meaning, share = [], [], [], [], [], []
     for e, n in zip(examples, lengths, strict=True):
         more = n - len(e.tokens)
         tokens += e.tokens + [0] * more
@@ -408,15 +392,19 @@ def pack(examples: list[Example], model: LLaMA) -> Batch:
         weights += [e.weight] * n
         meaning += (e.meaning or e.tokens) + [0] * more
         share += [e.share] * n
-        alike += (e.alike or [0.0] * len(e.tokens)) + [0.0] * more
     end = -len(tokens) % 512
 
-    def padded(values: list, pad: int = 0) -> Tensor:
-        dtype = torch.float32 if isinstance(values[0], float) else torch.long
+    def padded(values: list, pad: int = 0, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.tensor(values + [pad] * end, dtype=dtype, device=device)
 
-    taught = (padded(meaning), padded(share), padded(alike)) if any(e.meaning for e in examples) else None
-    return Batch(padded(tokens), padded(labels, IGNORE), padded(positions), lengths, padded(weights), taught)
+    return Batch(
+        padded(tokens),
+        padded(labels, IGNORE),
+        padded(positions, dtype=torch.float32),
+        lengths,
+        padded(weights, dtype=torch.float32),
+        (padded(meaning), padded(share, dtype=torch.float32)) if any(share) else None,
+    )
 
 
 def n_targets(examples: list[Example]) -> int:
@@ -429,43 +417,18 @@ def weight(examples: list[Example]) -> float:
 
 
 def loss_sum(model: LLaMA, b: Batch, gradient_checkpointing: bool = False, temperature: float = 1.0) -> Tensor:
-    """Weighted sum of the cross-entropy (nats) of logits / temperature over the labelled places. No other logits are computed.
-
-    To it comes, for lessons, how far their states are from those of the base alone, reading the meaning.
-    """
+    """Weighted sum of the cross-entropy (nats) of logits / temperature over the labelled places. No other logits are computed."""
     select = b.labels != IGNORE
-    where = dict(positions=b.positions, lengths=b.lengths, select=select)
-    with states(model) as own:
-        logits = model(b.tokens, reading=b.meaning and b.meaning[:2], gradient_checkpointing=gradient_checkpointing, **where)
+    logits = model(
+        b.tokens,
+        positions=b.positions,
+        lengths=b.lengths,
+        select=select,
+        reading=b.meaning,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     losses = F.cross_entropy(logits.float() / temperature, b.labels[select], reduction="none")
-    loss = losses @ b.weights[select]
-    if b.meaning is None:
-        return loss
-    ids, _, weights = b.meaning
-    base = getattr(model, "module", model)  # DistributedDataParallel is for what has a gradient
-    with torch.no_grad(), lora.disabled(base), states(base) as understood:
-        base(ids, **where)
-    counted = weights > 0
-    return loss + unlikeness([x[counted] for x in own], [y[counted] for y in understood]) @ weights[counted]
-
-
-@contextlib.contextmanager
-def states(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The residual stream [N, D] after every second block, the last left out, filled in as the model goes through them."""
-    out: list[Tensor] = []
-    layers = getattr(model, "module", model).layers
-    hooks = [layer.register_forward_hook(lambda _, __, x: out.append(x)) for layer in layers[1:-1:2] or layers[:-1]]
-    try:
-        yield out
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def unlikeness(own: list[Tensor], understood: list[Tensor]) -> Tensor:
-    """[N]: how far states are from others, squared, in units of the squared length of these; the mean over the blocks."""
-    apart = [(x.float() - y.float()).square().sum(-1) / y.float().square().sum(-1) for x, y in zip(own, understood, strict=True)]
-    return torch.stack(apart).mean(0)
+    return losses @ b.weights[select]
 
 
 def autocast(model: LLaMA, dtype: torch.dtype) -> torch.autocast:
@@ -874,8 +837,7 @@ def main() -> None:
     llama.join_processes(device)
     model, tokenizer = build(c)  # before a folder is made for a run that cannot be
     if c.lessons:
-        for seed in range(20):  # nor can one whose lessons, those that have a meaning, do not fit the tokenizer
-            encode(TASKS[c.task].lesson(random.Random(seed)), tokenizer)
+        encode(TASKS[c.task].lesson(random.Random(0)), tokenizer)  # nor can one whose lessons do not fit the tokenizer
     if rank == 0:
         folder = folder or new_run(c)
     if size > 1:
