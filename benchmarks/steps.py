@@ -62,8 +62,7 @@ class StaticCache(KVCache):
 
     def open(self, n_tokens: int, total: int, rows: None, real: None) -> tuple[Tensor, list[LayerCache]]:
         slots = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)
-        hidden = (torch.arange(self.capacity, device=slots.device) > slots[:, :, None])[:, None]
-        mask = torch.zeros(hidden.shape, device=slots.device, dtype=self.keys.dtype).masked_fill(hidden, float("-inf"))
+        mask = llama.hidden_mask(slots, self.capacity, self.keys.dtype)[:, None]
         place = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots).flatten(), slots.flatten()
         views = zip(self.keys, self.values, strict=True)
         return slots, [LayerCache(k, v, None, place, slots.shape, mask, None) for k, v in views]
