@@ -212,14 +212,14 @@ def decode(c: EvalConfig, todo: list[Cell], waiting: list[list[int]], share: flo
     """Solve the problems of each cell with these indices, in this share of the memory; yields a record a problem."""
     device = llama.pick_device(c.device)
     dtype = llama.pick_dtype(c.dtype, device)
-    memory = int(cache_bytes(c.kv_budget, device) * share)
-    loaded, engine = None, None
+    loaded, engine, memory = None, None, None
     for cell, indices in zip(todo, waiting, strict=True):
         if not indices:
             continue
         if loaded != cell.adapter:
             model, tokenizer = load_solver(cell.adapter, c.base, device, dtype)
             engine, loaded = Engine(model), cell.adapter
+            memory = memory or int(cache_bytes(c.kv_budget, device) * share)  # of what the weights have left free
         task = TASKS[cell.task]
         limits = bounds(task, cell.problems, cell.method, tokenizer)
         decoder = Decoder(engine, tokenizer, Limits(cache_bytes=memory, batch=c.batch, share=c.share, **limits))

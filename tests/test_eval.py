@@ -144,6 +144,23 @@ def test_malformed_problem_files(text, match, tmp_path):
         evaluation.own_problems(tmp_path / "nowhere")
 
 
+def test_what_is_free_is_measured_when_the_weights_are_in_memory(tmp_path, monkeypatch):
+    """Once: what is loaded later takes the place of what was loaded first."""
+    events = []
+
+    def log(name):
+        original = getattr(evaluation, name)
+        monkeypatch.setattr(evaluation, name, lambda *args: (events.append(name), original(*args))[1])
+
+    log("load_solver")
+    log("cache_bytes")
+    c = evaluation.EvalConfig(task="addition", lengths=(1,), n=2, runs=tmp_path, device="cpu", dtype="float32")
+    cells = evaluation.cells(c)
+    assert len({cell.adapter for cell in cells}) == 3
+    assert len(list(evaluation.decode(c, cells, [[0, 1]] * 3))) == 6
+    assert events == ["load_solver", "cache_bytes", "load_solver", "load_solver"]
+
+
 def test_an_interrupted_evaluation_goes_on(tmp_path, monkeypatch):
     """Problems that are done are not decoded again, and the results are those of an uninterrupted evaluation."""
     c = evaluation.EvalConfig(
