@@ -558,7 +558,7 @@ class Engine:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Half of the memory that is free on the device; of a computer at most 4 GiB, so that batches are the same on most, and 2 GiB
+    """Half of the memory that is free on the device; of a computer at most 8 GiB, so that batches are the same on many, and 2 GiB
     where it cannot be told (not on Linux).
     """
     if device.type == "cuda":
@@ -568,7 +568,7 @@ def free_bytes(device: torch.device) -> int:
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not on Linux
         return Limits.cache_bytes
-    return min(free // 2, 4 * 1024**3)
+    return min(free // 2, 8 * 1024**3)
 
 
 def cache_bytes(kv_budget: float | None, device: torch.device) -> int:
