@@ -420,3 +420,7 @@ if __name__ == "__main__":
     for _ in range(10_000):
         check_dp(tuple(longer.choices(DP.VALUES, k=longer.randint(6, 12))))
     print("and so do 10,000 random lists of 6 to 12 items")
+    test_parity_agrees_with_xor()
+    print("10,000 random lists of 1 to 100 bits agree with xor")
+    test_oracle_and_every_context_agree_with_schoolbook_addition()
+    print("10,000 random sums of 1 to 60 digits agree with schoolbook addition")
