@@ -4,9 +4,11 @@ Linear layers are wrapped in place from outside, so that model.py knows nothing 
 in the file format of PEFT (adapter_config.json, adapter_model.safetensors).
 """
 
+import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -103,6 +105,19 @@ def set_strength(model: LLaMA, strength: float) -> None:
     """Multiply every update by this: 1 at evaluation. Neither saved nor merged."""
     for layer in lora_layers(model).values():
         layer.strength = strength
+
+
+@contextlib.contextmanager
+def disabled(model: LLaMA) -> Iterator[None]:
+    """For a while no update counts, and the model is its base."""
+    layers = lora_layers(model).values()
+    strengths = [layer.strength for layer in layers]
+    set_strength(model, 0.0)
+    try:
+        yield
+    finally:
+        for layer, strength in zip(layers, strengths, strict=True):
+            layer.strength = strength
 
 
 def merge(model: LLaMA) -> dict[str, LoRALinear]:

@@ -28,6 +28,7 @@ class Segment:
     text: str
     written: bool  # by the model (these carry the loss), or given to it
     meaning: str | None = None  # of a lesson: the same in words that the base knows, in as many tokens
+    ends: bool = True  # it is to be learned that the model stops after what it has written
 
 
 Context = list[Segment]
@@ -536,8 +537,7 @@ class DP:
     def lesson(rng: random.Random) -> Context:
         """A context of marks as far as the decision on the first item, which alone is to be learned from it.
 
-        Of one that cannot be used the decision is True whatever the sums, which the adapter is to learn too: there, in one
-        lesson of seven, it is not what the meaning says.
+        Of one that cannot be used the decision is True whatever the sums. That is not what the meaning says: there is none then.
         """
         while True:
             n = rng.choices(DP.train_lengths, DP.train_lengths)[0]
@@ -546,7 +546,48 @@ class DP:
                 break
         prompt, call, *_ = DP.context(p, "retuning")
         head, space, decision = call.text.rpartition(" ")
-        return [*(Segment(text, False, DP.meaning(text)) for text in (prompt.text, head)), written(space + decision)]
+        meanings = (DP.meaning(text) if p.can_use else None for text in (prompt.text, head))
+        return [*map(Segment, (prompt.text, head), (False, False), meanings), written(space + decision)]
+
+    @staticmethod
+    def words(rng: random.Random) -> tuple[Context, int]:
+        """A context whose words are to be learned. Each of its lists is some other one, or falls from a number below 100.
+
+        So neither what is in a list nor its length says what follows it. Some end with the first item of a list, which is
+        learned too: some of sums, where it is had from the array and what was returned, whosever that is, and all of marks,
+        where the decision before it says it. As that is on what was in the lists, it is given.
+
+        With it: how many times over the lists are to be crowded (see `train.crowd`). Which of two lists has come to its end, and
+        which of two sentences is next, is told by words before it, attention to which grows thin after long ones.
+        """
+
+        def items() -> tuple[int, ...]:
+            while True:
+                p = DP.Problem(DP.draw(rng, rng.choice(DP.train_lengths)))
+                if not DP.held_out(p):
+                    return p.items
+
+        def other(_: re.Match) -> str:
+            if rng.random() < 0.5:
+                top = rng.randrange(10, 100)
+                return str(sorted(rng.choices(range(top + 1), k=rng.choice(DP.train_lengths)), reverse=True))
+            return str(list(rng.choice((tuple, DP.sums, DP.marks))(items())))
+
+        kind = rng.choices(("whole", "sums", "marks"), (1, 2, 1))[0]
+        can_use = kind != "marks" or rng.random() < 0.65
+        context = DP.context(DP.Problem(DP.draw(rng, DP.train_lengths[-1]), kind, can_use), "retuning")
+        if kind == "marks":
+            prompt, call, back, answer = context
+            head, space, decision = call.text.rpartition(" ")
+            head = Segment(head, written=True, ends=False)
+            context = [prompt, head, given(space + decision), back, written(answer.text.partition(",")[0])]
+        context = [replace(segment, text=re.sub(r"(?<= )\[.*?\]", other, segment.text)) for segment in context]
+        if kind == "sums" and rng.random() < 0.4:
+            p, sums = DP.Problem(items(), kind), DP.sums(items())
+            context[0], context[2] = given(DP.prompt(p, "retuning")), given(returned(str(sums)))
+            before = context[-1].text.rpartition("[")[0]
+            context[-1] = written(f"{before}[{max(sums[0], p.items[0] + sums[1])}")
+        return context, rng.choice((1, 2, 4, 8, 16))
 
     @staticmethod
     def meaning(text: str) -> str:

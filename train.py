@@ -111,6 +111,9 @@ class TrainConfig:
     """share of the contexts that teach what a phrase means, for tasks that have such (default: TASK_DEFAULTS; re-tuning only)"""
     taught: float = 0.25
     """share of the run by the end of which these are read as they stand, all but a few, see `Data.lesson`"""
+    words: float | None = None
+    """share of the other contexts, in the last eighth of the run, whose words alone are to be learned, for tasks that have such,
+    see `Data.words` (default: TASK_DEFAULTS; re-tuning only)"""
     replay: float | None = None
     """share of primer contexts among the other examples, so that what the base can do at greater lengths is kept (default:
     TASK_DEFAULTS)"""
@@ -138,6 +141,7 @@ class TaskDefaults:
     weaken: float = 0.0
     temperature: float = 10.0
     lessons: float = 0.0
+    words: float = 0.0
     replay: float = 0.3
     focus: str = ""  # of the replayed contexts, see `Primer`
     max_items: int = 128  # in a replayed list
@@ -149,7 +153,14 @@ TASK_DEFAULTS = {
     "addition": TaskDefaults(focus="digits"),
     "parity": TaskDefaults(steps=1000, focus="bits"),
     "dp": TaskDefaults(
-        steps=3400, scratchpad_steps=1230, batch_size=24, weaken=0.2, lessons=0.25, focus="integers", max_items=96
+        steps=3400,
+        scratchpad_steps=1230,
+        batch_size=24,
+        weaken=0.2,
+        lessons=0.25,
+        words=0.2,
+        focus="integers",
+        max_items=96,
     ),
 }
 
@@ -158,7 +169,7 @@ PRESETS: dict[str, dict] = {
     "paper": dict(
         rank=64, alpha=64.0, dropout=0.05, targets=("wq", "wk", "wv", "wo"), lr=2e-4, warmup=1, decay=0.0, clip=10.0,
         weight_decay=0.01, batch_size=128, steps=3906, gradient_checkpointing=True, base_dtype="bfloat16",
-        beta2=0.999, stretch=1.0, weaken=0.0, temperature=1.0, lessons=0.0, replay=0.0,
+        beta2=0.999, stretch=1.0, weaken=0.0, temperature=1.0, lessons=0.0, words=0.0, replay=0.0,
     ),
     "base": dict(
         task="primer", full=True, from_scratch=True, steps=9600, batch_size=64, micro_tokens=32768, lr=3e-3, warmup=50,
@@ -197,10 +208,10 @@ def complete(c: TrainConfig) -> TrainConfig:
     steps = task.steps
     if c.method == "scratchpad" and task.scratchpad_steps:
         steps = task.scratchpad_steps
-    names = ("batch_size", "targets", "weaken", "temperature", "lessons", "replay")
+    names = ("batch_size", "targets", "weaken", "temperature", "lessons", "words", "replay")
     defaults = dict(steps=steps) | {name: getattr(task, name) for name in names}
     if c.method != "retuning":
-        defaults["lessons"] = 0.0
+        defaults |= dict(lessons=0.0, words=0.0)
     return replace(c, **{name: value for name, value in defaults.items() if getattr(c, name) is None})
 
 
@@ -215,8 +226,10 @@ class Example:
     labels: list[int]
     positions: list[float]
     weight: float = 1.0  # of each of its targets in the mean over a step
-    meaning: list[int] | None = None  # of a lesson: other ids, as many, of which the embeddings have a share
-    share: float = 0.0
+    meaning: list[int] | None = None  # of a lesson: other ids, as many
+    share: float = 0.0  # ... that these have of the embeddings
+    alike: list[float] | None = None  # ... and the weights by which its states are to be those of the base that reads these
+    crowded: bool = False  # it has the positions of a longer one already
 
 
 def encode(context: Context, tokenizer: Tokenizer) -> Example:
@@ -240,7 +253,8 @@ def encode(context: Context, tokenizer: Tokenizer) -> Example:
         meaning += other
         tokens += ids
         if segment.written:
-            labels[-1:] = [*ids, tokenizer.eos_id]  # labels are those of the *next* token: one place to the left
+            # Labels are those of the *next* token: one place to the left.
+            labels[-1:] = [*ids, tokenizer.eos_id if segment.ends else IGNORE]
         else:
             labels += [IGNORE] * len(ids)
     example = Example(tokens, labels, [float(i) for i in range(len(tokens))])
@@ -276,6 +290,23 @@ def stretch(example: Example, is_boundary: list[bool], rng: random.Random, facto
         example.positions = [float(p) for p in sorted(rng.sample(range(int(n * scale) + 1), n))]
 
 
+def crowd(example: Example, items: list[bool], times: int) -> None:
+    """Give each of these tokens several times over, one after another: attention is as thin, and what is before a list as far
+    away, as with one so many times as long. (With all copies at one place other words go wrong than do after long lists.)
+
+    What is to be predicted stays: after the last of a token's copies.
+    """
+    copies = [times if item else 1 for item in items]
+
+    def spread(values: list) -> list:
+        return [x for x, n in zip(values, copies, strict=True) for _ in range(n)]
+
+    example.labels = [x for label, n in zip(example.labels, copies, strict=True) for x in [IGNORE] * (n - 1) + [label]]
+    example.tokens = spread(example.tokens)
+    example.positions = [float(i) for i in range(len(example.tokens))]
+    example.crowded = times > 1
+
+
 def curriculum(progress: float) -> float:
     """How far a base trained from scratch is on the way to long sequences and stretched positions, from 0 to 1.
 
@@ -291,6 +322,13 @@ class Data:
     def __init__(self, c: TrainConfig, tokenizer: Tokenizer, max_seq_len: int):
         self.c, self.tokenizer, self.max_seq_len = c, tokenizer, max_seq_len
         self.is_boundary = boundaries(tokenizer)
+        self.bracket = tokenizer.sp.piece_to_id("]")
+        self.comma = tokenizer.sp.piece_to_id(",")
+        pieces = {i: tokenizer.sp.id_to_piece(i) for i in range(tokenizer.vocab_size)}
+        self.opening = {i for i, piece in pieces.items() if piece.rfind("[") > piece.rfind("]")}
+        self.closing = {i for i, piece in pieces.items() if "]" in piece}
+        self.joined = {i for i in self.opening if pieces[i].startswith("[")}
+        self.letters = {i for i, piece in pieces.items() if piece[-1:].isalpha()}
         self.replayed = TASK_DEFAULTS.get(c.task, TaskDefaults())
 
     def __getitem__(self, step: int) -> list[Example]:
@@ -302,12 +340,15 @@ class Data:
         for _ in range(self.c.batch_size):
             if self.c.lessons and rng.random() < self.c.lessons:
                 examples.append(self.lesson(rng, step))
+            elif self.c.words and step >= self.WORDS_FROM * self.c.steps and rng.random() < self.c.words:
+                examples.append(self.words(rng))
             elif self.c.task == "primer" or (self.c.replay and rng.random() < self.c.replay):
                 examples.append(self.draw(primer, rng))
             else:
                 examples.append(self.draw(TASKS[self.c.task], rng))
         for example in examples:
-            stretch(example, self.is_boundary, rng, self.c.stretch**difficulty, self.c.stretched)
+            if not example.crowded:
+                stretch(example, self.is_boundary, rng, self.c.stretch**difficulty, self.c.stretched)
         return examples
 
     def stage(self, step: int) -> int:
@@ -326,17 +367,58 @@ class Data:
                 size = len(example.tokens)
                 raise UserError(f"a training context has {size} tokens, the base takes {self.max_seq_len} at most")
 
-    LESSON = 50.0  # targets of other contexts: what its few count for together
+    LESSON = 50.0  # targets of other contexts: what its decision counts for
+    ALIKE = 400.0  # ... and that its states are those of its meaning
+    WORDS_FROM = 0.88  # of the run: the sooner, the more copies and sums go wrong that had been right in long lists
 
     def lesson(self, rng: random.Random, step: int) -> Example:
-        """A lesson (see `tasks.DP.lesson`). Its embeddings go over from those of the meaning to those of its own words.
+        """A lesson (see `tasks.DP.lesson`): its words are to do inside the model what the words of its meaning do in the base.
 
-        An adapter that begins with what the base can do follows it there. One that is to find it by itself does not.
+        Its embeddings go over from those of the meaning to those of its own words: an adapter that begins with what the base can
+        do follows it there; one that is to find it by itself does not. That the decision is right is not enough, as in lists as
+        short as these there are many ways to it, and few of them are right in long ones: so two of its states are compared with
+        those that the base has of the meaning (a hint, as of Romero et al. 2015): where it decides, and where `item[0]` has just
+        been named, on which that depends. With more of them, or sooner, words that follow long lists are not learned.
         """
-        example = encode(TASKS[self.c.task].lesson(rng), self.tokenizer)
         left = 1 - step / max(1.0, self.c.taught * self.c.steps)
         share = min(1.0, max(0.0, left + rng.uniform(-0.15, 0.1))) if rng.random() < 0.85 else 0.0
-        return replace(example, weight=self.LESSON / n_targets([example]), share=share)
+        example = encode(TASKS[self.c.task].lesson(rng), self.tokenizer)
+        decides = next(i for i, label in enumerate(example.labels) if label != IGNORE)  # what follows says nothing new
+        labels = [label if i == decides else IGNORE for i, label in enumerate(example.labels)]
+        example = replace(example, labels=labels, weight=self.LESSON)
+        if example.meaning is None:
+            return example
+        pairs = enumerate(zip(example.tokens, example.meaning, strict=True))
+        _, named, _ = (i for i, (token, other) in pairs if token != other == self.bracket)  # sum[0], item[0], sum[2]
+        alike = [self.ALIKE / 2 * (i in (named, decides)) for i in range(len(labels))]
+        return replace(example, share=share, alike=alike)
+
+    def words(self, rng: random.Random) -> Example:
+        """See `tasks.DP.words`: nothing of a list is to be predicted, neither its brackets nor what is in them, but the item that
+        the context ends with. Lists are crowded from their third item on: that item may depend on the first two.
+        """
+        context, times = TASKS[self.c.task].words(rng)
+        example = encode(context, self.tokenizer)
+        items = self.items(example.tokens)
+        example.labels = [IGNORE if any(items[i : i + 3]) else label for i, label in enumerate(example.labels)]
+        end = len(items) - items[::-1].index(False)
+        example.labels[end - 1 : -1] = example.tokens[end:]
+        later, commas = [], 0
+        for token, item in zip(example.tokens, items, strict=True):
+            later.append(item and commas > 1)
+            commas = commas + (token == self.comma) if item else 0
+        crowd(example, later, times)
+        return example
+
+    def items(self, tokens: list[int]) -> list[bool]:
+        """Which tokens are in the brackets of a list; brackets straight after a letter hold an index (`return[0]`)."""
+        out, inside = [], False
+        for i, token in enumerate(tokens):
+            inside = inside and token not in self.closing
+            out.append(inside)
+            index = token in self.joined and tokens[i - 1] in self.letters
+            inside = inside or (token in self.opening and not index)
+        return out
 
     def validation(self, n: int = 256) -> list[Example]:
         """Contexts from a stream of their own, at ordinary positions."""
@@ -349,10 +431,11 @@ class Data:
 
 
 def micro_batches(examples: list[Example], max_tokens: int) -> list[list[Example]]:
-    """Group examples of like length, at most max_tokens tokens a group (or one example)."""
+    """Group examples of like length, at most max_tokens tokens a group (or one example); those with a meaning apart."""
     groups: list[list[Example]] = []
-    for e in sorted(examples, key=lambda e: len(e.tokens)):
-        if groups and sum(len(x.tokens) for x in groups[-1]) + len(e.tokens) <= max_tokens:
+    for e in sorted(examples, key=lambda e: (e.meaning is None, len(e.tokens))):
+        alike = groups and (groups[-1][0].meaning is None) == (e.meaning is None)
+        if alike and sum(len(x.tokens) for x in groups[-1]) + len(e.tokens) <= max_tokens:
             groups[-1].append(e)
         else:
             groups.append([e])
@@ -376,14 +459,14 @@ class Batch:
     positions: Tensor  # [N]
     lengths: list[int]  # of the examples, padded; what is left of N is padding too
     weights: Tensor  # [N]
-    meaning: tuple[Tensor, Tensor] | None  # [N] other ids, and their share; None where there are no lessons
+    meaning: tuple[Tensor, Tensor, Tensor] | None  # [N] other ids, their share, the weights of their states; None: no lessons
 
 
 def pack(examples: list[Example], model: LLaMA) -> Batch:
     """Lengths and their sum are rounded up, so that shapes are few; examples of one length are attended to in one product."""
     device, longest = model.device, model.config.max_seq_len
     lengths = [min(longest, llama.round_up(len(e.tokens), 32)) for e in examples]
-    tokens, labels, positions, weights, meaning, share = [], [], [], [], [], []
+    tokens, labels, positions, weights, meaning, share, alike = [], [], [], [], [], [], []
     for e, n in zip(examples, lengths, strict=True):
         more = n - len(e.tokens)
         tokens += e.tokens + [0] * more
@@ -392,19 +475,15 @@ def pack(examples: list[Example], model: LLaMA) -> Batch:
         weights += [e.weight] * n
         meaning += (e.meaning or e.tokens) + [0] * more
         share += [e.share] * n
+        alike += (e.alike or [0.0] * len(e.tokens)) + [0.0] * more
     end = -len(tokens) % 512
 
-    def padded(values: list, pad: int = 0, dtype: torch.dtype = torch.long) -> Tensor:
+    def padded(values: list, pad: int = 0) -> Tensor:
+        dtype = torch.float32 if isinstance(values[0], float) else torch.long
         return torch.tensor(values + [pad] * end, dtype=dtype, device=device)
 
-    return Batch(
-        padded(tokens),
-        padded(labels, IGNORE),
-        padded(positions, dtype=torch.float32),
-        lengths,
-        padded(weights, dtype=torch.float32),
-        (padded(meaning), padded(share, dtype=torch.float32)) if any(share) else None,
-    )
+    taught = (padded(meaning), padded(share), padded(alike)) if any(e.meaning for e in examples) else None
+    return Batch(padded(tokens), padded(labels, IGNORE), padded(positions), lengths, padded(weights), taught)
 
 
 def n_targets(examples: list[Example]) -> int:
@@ -417,18 +496,42 @@ def weight(examples: list[Example]) -> float:
 
 
 def loss_sum(model: LLaMA, b: Batch, gradient_checkpointing: bool = False, temperature: float = 1.0) -> Tensor:
-    """Weighted sum of the cross-entropy (nats) of logits / temperature over the labelled places. No other logits are computed."""
+    """Weighted sum of the cross-entropy (nats) of logits / temperature over the labelled places. No other logits are computed.
+
+    To it comes, for lessons, how far their states are from those of the base alone, reading the meaning.
+    """
     select = b.labels != IGNORE
-    logits = model(
-        b.tokens,
-        positions=b.positions,
-        lengths=b.lengths,
-        select=select,
-        reading=b.meaning,
-        gradient_checkpointing=gradient_checkpointing,
-    )
+    where = dict(positions=b.positions, lengths=b.lengths, select=select)
+    with states(model) as own:
+        logits = model(b.tokens, reading=b.meaning and b.meaning[:2], gradient_checkpointing=gradient_checkpointing, **where)
     losses = F.cross_entropy(logits.float() / temperature, b.labels[select], reduction="none")
-    return losses @ b.weights[select]
+    loss = losses @ b.weights[select]
+    if b.meaning is None or not (counted := b.meaning[2] > 0).any():
+        return loss
+    ids, _, weights = b.meaning
+    base = getattr(model, "module", model)  # DistributedDataParallel is for what has a gradient
+    with torch.no_grad(), lora.disabled(base), states(base) as understood:
+        base(ids, **where)
+    return loss + unlikeness([x[counted] for x in own], [y[counted] for y in understood]) @ weights[counted]
+
+
+@contextlib.contextmanager
+def states(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The residual stream [N, D] after every second block, the last left out, filled in as the model goes through them."""
+    out: list[Tensor] = []
+    layers = getattr(model, "module", model).layers
+    hooks = [layer.register_forward_hook(lambda _, __, x: out.append(x)) for layer in layers[1:-1:2] or layers[:-1]]
+    try:
+        yield out
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def unlikeness(own: list[Tensor], understood: list[Tensor]) -> Tensor:
+    """[N]: how far states are from others, squared, in units of the squared length of these; the mean over the blocks."""
+    apart = [(x.float() - y.float()).square().sum(-1) / y.float().square().sum(-1) for x, y in zip(own, understood, strict=True)]
+    return torch.stack(apart).mean(0)
 
 
 def autocast(model: LLaMA, dtype: torch.dtype) -> torch.autocast:
@@ -837,7 +940,8 @@ def main() -> None:
     llama.join_processes(device)
     model, tokenizer = build(c)  # before a folder is made for a run that cannot be
     if c.lessons:
-        encode(TASKS[c.task].lesson(random.Random(0)), tokenizer)  # nor can one whose lessons do not fit the tokenizer
+        for seed in range(20):  # nor can one whose lessons, those that have a meaning, do not fit the tokenizer
+            encode(TASKS[c.task].lesson(random.Random(seed)), tokenizer)
     if rank == 0:
         folder = folder or new_run(c)
     if size > 1:
@@ -881,15 +985,16 @@ def check(c: TrainConfig) -> None:
     ranges = {
         "lr": (0, 1e3), "warmup": (0, 1e9), "decay": (0, 1), "beta2": (0, 0.99999), "weight_decay": (0, 1), "clip": (0, math.inf),
         "alpha": (0, 1e6), "dropout": (0, 0.99), "stretch": (1, 1e6), "stretched": (0, 1), "weaken": (0, 1), "replay": (0, 1),
-        "temperature": (0.01, 1e3), "lessons": (0, 1), "taught": (0, 1), "seed": (0, 2**62),
+        "temperature": (0.01, 1e3), "lessons": (0, 1), "taught": (0, 1), "words": (0, 1), "seed": (0, 2**62),
     }  # fmt: skip
     for name, (low, high) in ranges.items():
         if not low <= getattr(c, name) <= high:
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)}: expected {low} to {high}")
     if c.full and c.weaken:
         raise UserError(f"--weaken {c.weaken}: there is no adapter to weaken with --full; leave it out")
-    if c.lessons and (c.method != "retuning" or not hasattr(TASKS.get(c.task), "lesson")):
-        raise UserError(f"--lessons {c.lessons}: {c.task} by {c.method} has none; leave it out")
+    for name, source in (("lessons", "lesson"), ("words", "words")):
+        if getattr(c, name) and (c.method != "retuning" or not hasattr(TASKS.get(c.task), source)):
+            raise UserError(f"--{name} {getattr(c, name)}: {c.task} by {c.method} has none; leave it out")
     if not c.full:
         lora_config(c)
 

@@ -100,13 +100,14 @@ class Shape:
 def packed(examples: list[Example], shape: Shape) -> dict[str, np.ndarray]:
     """Contexts one after another, in the order they were drawn, as far as there is room for them.
 
-    tokens, positions [tokens], `meaning` and its `share` of the embeddings too; targets [targets], `places` where they are
-    predicted, and their `weights`; lengths [contexts], in all tokens.
+    tokens, positions [tokens], of lessons `meaning`, its `share` of the embeddings, and the weights of states that are to be
+    `alike` too; targets [targets], `places` where they are predicted, and their `weights`; lengths [contexts], in all tokens.
     """
     out = {
         "tokens": np.zeros(shape.tokens, np.int64), "positions": np.zeros(shape.tokens, np.float32),
         "targets": np.full(shape.targets, IGNORE, np.int64), "places": np.zeros(shape.targets, np.int64),
         "meaning": np.zeros(shape.tokens, np.int64), "share": np.zeros(shape.tokens, np.float32),
+        "alike": np.zeros(shape.tokens, np.float32),
         "weights": np.zeros(shape.targets, np.float32),
     }  # fmt: skip
     n = m = 0
@@ -118,6 +119,7 @@ def packed(examples: list[Example], shape: Shape) -> dict[str, np.ndarray]:
             continue
         out["tokens"][n : n + len(labels)], out["positions"][n : n + len(labels)] = e.tokens, e.positions
         out["meaning"][n : n + len(labels)], out["share"][n : n + len(labels)] = e.meaning or e.tokens, e.share
+        out["alike"][n : n + len(labels)] = e.alike or 0.0
         out["weights"][m : m + len(places)] = e.weight
         out["targets"][m : m + len(places)], out["places"][m : m + len(places)] = labels[places], places + n
         n, m = n + len(labels), m + len(places)
@@ -143,6 +145,8 @@ class Steps:
             part["places"] += i * self.shape.tokens
         joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         ends = np.cumsum(np.insert(joined.pop("lengths"), 0, 0), dtype=np.int32)
+        if not self.runs[0].c.lessons:
+            del joined["meaning"], joined["share"], joined["alike"]
         strengths = [train.strength(run.c, step) for run in self.runs]
         return {k: torch.from_numpy(v) for k, v in joined.items()} | {
             "ends": torch.from_numpy(ends),
@@ -185,22 +189,42 @@ class Embed(torch.autograd.Function):
             return None, (tokens == torch.arange(ctx.rows, device=tokens.device)[:, None]).to(gradient.dtype) @ gradient
 
 
-def losses(model: llama.LLaMA, batch: dict[str, Tensor], dtype: torch.dtype, temperature: Tensor | float = 1.0) -> Tensor:
-    """[runs]: weighted mean of the cross-entropy (nats) of logits / temperature over the targets of each."""
-    runs = len(batch["weight"])
-    # Casts of weights that are kept for a second use would outlive the step that they belong to.
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
-        cos, sin = llama.rotary_angles(batch["positions"], model.config)
-        weight = model.tok_embeddings.weight
-        x = Embed.apply(batch["tokens"], weight) if weight.requires_grad else weight[batch["tokens"]]
-        if not weight.requires_grad:  # an adapter may have lessons
-            x = x.lerp(weight[batch["meaning"]], batch["share"][:, None])
-        attend = Attend(batch["ends"], model.config.max_seq_len)
+def through(model: llama.LLaMA, x: Tensor, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Embeddings [tokens, D] -> logits at the places of the targets, and the states on the way, as `train.states` has them."""
+    cos, sin = llama.rotary_angles(batch["positions"], model.config)
+    attend = Attend(batch["ends"], model.config.max_seq_len)
+    with train.states(model) as states:
         for layer in model.layers:
             x = layer(x, cos, sin, attend, (batch["places"],) if layer is model.layers[-1] else None)
-        logits = model.output(model.norm(x)).float() / temperature
-    loss = F.cross_entropy(logits, batch["targets"], reduction="none") * batch["weights"]
-    return loss.view(runs, -1).sum(1) / batch["weight"]
+    return model.output(model.norm(x)).float(), states
+
+
+def losses(model: llama.LLaMA, batch: dict[str, Tensor], dtype: torch.dtype, temperature: Tensor | float = 1.0) -> Tensor:
+    """[runs]: weighted mean of the cross-entropy (nats) of logits / temperature over the targets of each; and lessons."""
+    runs = len(batch["weight"])
+    weight = model.tok_embeddings.weight
+    # Casts of weights that are kept for a second use would outlive the step that they belong to.
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16, cache_enabled=False):
+        x = Embed.apply(batch["tokens"], weight) if weight.requires_grad else weight[batch["tokens"]]
+        if "meaning" in batch:
+            x = x.lerp(weight[batch["meaning"]], batch["share"][:, None])
+        logits, own = through(model, x, batch)
+        if "meaning" in batch:
+            set_strength(model, torch.zeros_like(batch["strength"]))
+            with torch.no_grad():
+                _, understood = through(model, weight[batch["meaning"]], batch)
+            set_strength(model, batch["strength"])
+    loss = F.cross_entropy(logits / temperature, batch["targets"], reduction="none") * batch["weights"]
+    loss = loss.view(runs, -1).sum(1)
+    if "meaning" in batch:
+        loss = loss + (train.unlikeness(own, understood) * batch["alike"]).view(runs, -1).sum(1)
+    return loss / batch["weight"]
+
+
+def set_strength(model: llama.LLaMA, strength: Tensor) -> None:
+    for layer in model.modules():
+        if isinstance(layer, ManyLoRA):
+            layer.strength = strength
 
 
 class ManyLoRA(nn.Module):
@@ -298,9 +322,7 @@ def loop(
     def step(batch: dict[str, Tensor]) -> None:
         for p in params:
             p.grad = None
-        for layer in model.modules():
-            if isinstance(layer, ManyLoRA):
-                layer.strength = batch["strength"]
+        set_strength(model, batch["strength"])
         loss = losses(model, batch, dtype, heat)
         loss.sum().backward()
         total.add_(loss.detach())

@@ -4,11 +4,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
@@ -405,29 +407,68 @@ def test_the_temperature_rises_from_one():
 
 def test_a_lesson_is_the_start_of_a_training_context(tokenizer):
     """Token for token and label for label, as far as the decision; nothing held out is in it, and its meaning is as long."""
-    rng = random.Random(0)
+    rng, kinds = random.Random(0), Counter()
     for _ in range(300):
         lesson = DP.lesson(rng)
         p = DP.from_text(lesson[0].text.removesuffix("\nSolution: "))
         assert not any(map(DP.held_out, DP.solved(p, "retuning")))
         taught, whole = (train.encode(context, tokenizer) for context in (lesson, DP.context(p, "retuning")))
         n = len(taught.tokens)
-        assert taught.tokens == whole.tokens[:n] and len(taught.meaning) == n
+        assert taught.tokens == whole.tokens[:n]
+        assert len(taught.meaning) == n if p.can_use else taught.meaning is None
         labels = [label for label in taught.labels if label != train.IGNORE]
         assert labels == [label for label in whole.labels[:n] if label != train.IGNORE][-3:]
         decision = "False" if DP.marks(p.items, p.can_use)[0] == 1 else "True"
         assert tokenizer.decode(labels) == f" {decision}\n"
+        kinds[decision, p.can_use] += 1
+    assert set(kinds) == {("True", True), ("False", True), ("True", False)} and min(kinds.values()) > 30, kinds
+
+
+def test_a_lesson_is_to_do_in_the_adapter_what_its_meaning_does_in_the_base(tokenizer):
+    """What is added to the loss: how far states of the text are from those of its meaning, which no adapter changes."""
+    data = train.Data(train.complete(train.TrainConfig(task="dp")), tokenizer, 4096)
+    e = next(e for e in (data.lesson(random.Random(i), 2000) for i in range(10)) if e.meaning)
+    assert sum(e.alike) == pytest.approx(data.ALIKE) and e.weight == data.LESSON
+    compared = [i for i, w in enumerate(e.alike) if w > 0]
+    named, decides = (tokenizer.decode(e.meaning[: i + 1]) for i in compared)
+    assert named.endswith("False if sum[0] == item[0]") and decides.endswith("can use item")
+    assert tokenizer.decode(e.tokens[compared[1] + 1 :]).strip() in ("True", "False")
+    base, model = random_model(n_layers=5), random_model(n_layers=5)
+    lora.wrap(model, replace(CONFIG, targets=lora.BLOCK_LAYERS))
+    for p in train.trainable(model).values():
+        torch.nn.init.normal_(p, std=0.1)
+    lora.set_strength(model, 0.5)
+
+    def after_blocks(model: llama.LLaMA, ids: list[int]) -> list[torch.Tensor]:
+        with train.states(model) as states:
+            model(torch.tensor([ids]))
+        return [x[0] for x in states]
+
+    own, understood = after_blocks(model, e.tokens), after_blocks(base, e.meaning)
+    assert len(own) == 2, "after the second and the fourth block"
+    apart = [
+        ((x - y)[compared].norm(dim=-1) / y[compared].norm(dim=-1)).square().mean() for x, y in zip(own, understood, strict=True)
+    ]
+    e = replace(e, share=0.0)  # read as it stands
+    for checkpointing in (False, True):
+        loss, words = (train.loss_sum(model, train.pack([x], model), checkpointing) for x in (e, replace(e, alike=None)))
+        torch.testing.assert_close(loss - words, data.ALIKE * sum(apart) / 2, rtol=1e-3, atol=1e-3)
+    assert {layer.strength for layer in lora.lora_layers(model).values()} == {0.5}
+    (loss - words).backward()
+    gradients = {n: p.grad for n, p in train.trainable(model).items()}
+    assert all(g.norm() > 0 for n, g in gradients.items() if "layers.3" in n), "as far as the last block that is compared"
+    assert not any(g.norm() > 1e-3 for n, g in gradients.items() if "layers.4" in n), "and no further"
 
 
 def test_a_lesson_goes_over_from_its_meaning_to_its_own_words(tokenizer):
-    """With a share of 1 the model sees the meaning, with a share of 0 the text; its targets count for one context's together."""
+    """With a share of 1 the model sees the meaning, with a share of 0 the text."""
     c = train.complete(train.TrainConfig(task="dp", steps=100))
     data, rng = train.Data(c, tokenizer, 4096), random.Random(0)
-    shares = [[data.lesson(rng, step).share for _ in range(200)] for step in (0, 12, 30, 99)]
+    shares = [[x.share for x in (data.lesson(rng, step) for _ in range(400)) if x.meaning] for step in (0, 12, 30, 99)]
     assert max(shares[0]) == 1 and min(shares[0]) == 0, "its own words are among them from the start"
-    assert 0.3 < sum(x > 0 for x in shares[1]) / 200 < 1 and max(shares[1]) < 0.7 and max(map(max, shares[2:])) == 0
-    e, model = data.lesson(rng, 0), random_model()
-    assert e.weight * train.n_targets([e]) == data.LESSON
+    assert 0.3 < sum(x > 0 for x in shares[1]) / len(shares[1]) < 1 and max(shares[1]) < 0.7 and max(map(max, shares[2:])) == 0
+    e, model = next(x for x in (data.lesson(rng, 0) for _ in range(10)) if x.meaning), random_model()
+    e = replace(e, alike=None)
     plain = train.loss_sum(model, train.pack([replace(e, share=0.0)], model))
     assert torch.equal(plain, train.loss_sum(model, train.pack([replace(e, meaning=None, share=0.0)], model)))
     read = train.loss_sum(model, train.pack([replace(e, share=1.0)], model))
@@ -435,12 +476,123 @@ def test_a_lesson_goes_over_from_its_meaning_to_its_own_words(tokenizer):
     torch.testing.assert_close(read, train.loss_sum(model, train.pack([replace(e, tokens=e.meaning, share=0.0)], model)))
 
 
-def test_lessons_are_for_retuning_by_tasks_that_have_them():
-    assert train.complete(train.TrainConfig(task="dp")).lessons > 0
-    assert {train.complete(train.TrainConfig(task="dp", method=m)).lessons for m in ("baseline", "scratchpad")} == {0}
+def test_of_a_lesson_its_decision_alone_counts(tokenizer):
+    """Not the words after it."""
+    data = train.Data(train.complete(train.TrainConfig(task="dp")), tokenizer, 4096)
+    decisions = Counter()
+    for i in range(60):
+        (label,) = (label for label in data.lesson(random.Random(i), 0).labels if label != train.IGNORE)
+        decisions[tokenizer.decode([label]).strip()] += 1
+    assert set(decisions) == {"True", "False"} and min(decisions.values()) > 10, decisions
+
+
+def test_what_has_a_meaning_goes_through_the_model_by_itself():
+    """The base reads it too, and nothing else."""
+    examples = [train.Example([1] * n, [1] * n, [0.0] * n, meaning=[2] * n if n % 3 == 0 else None) for n in range(1, 30)]
+    groups = train.micro_batches(examples, 100)
+    assert sorted(len(e.tokens) for group in groups for e in group) == list(range(1, 30))
+    assert all(len({e.meaning is None for e in group}) == 1 for group in groups)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_crowded_list_has_each_item_several_times_over(tokenizer, times):
+    """Its text is as before once copies are left out; all that was predicted still is, once, after the last of them."""
+    data = train.Data(train.complete(train.TrainConfig(task="dp")), tokenizer, 4096)
+    for kind in ("whole", "sums", "marks"):
+        e = train.encode(DP.context(DP.Problem((3, -2, 5, 5, 0), kind), "retuning"), tokenizer)
+        x = replace(e)
+        train.crowd(x, data.items(x.tokens), times)
+        assert x.positions == list(range(len(x.tokens))) and len(x.labels) == len(x.tokens)
+        assert x.crowded == (times > 1) and not e.crowded
+        at, outside, inside = 0, "", False
+        for token, label in zip(e.tokens, e.labels, strict=True):
+            piece = tokenizer.sp.id_to_piece(token)
+            inside = inside and "]" not in piece
+            n = times if inside else 1
+            assert x.tokens[at : at + n] == [token] * n, piece
+            assert x.labels[at : at + n] == [train.IGNORE] * (n - 1) + [label], "a copy predicts nothing"
+            at += n
+            outside += "" if inside else piece
+            inside = inside or piece.startswith("▁[") or (piece == "[" and outside.endswith("▁["))
+        assert at == len(x.tokens) and "[]" in outside
+
+
+def test_of_some_contexts_words_alone_are_learned(tokenizer):
+    """As the task's contexts have them, from lists that have nothing to do with each other; and the item that one ends with."""
+    data = train.Data(train.complete(train.TrainConfig(task="dp")), tokenizer, 4096)
+    lists = re.compile(r"(?<= )\[(.*?)\]")
+
+    def form(context):
+        return re.sub(r"(?<= )\[[^]]+$", "[", lists.sub("[]", "".join(segment.text for segment in context)))
+
+    kinds = [
+        (
+            form(DP.context(DP.Problem((1, 2)), "retuning")),
+            "Call:▁Create▁dp▁array<0x0A></s>"
+            "Call:▁Create▁chosen▁indices▁array:▁sum▁array▁item▁array▁can▁use▁item▁True<0x0A></s></s>",
+        ),
+        (
+            form(DP.context(DP.Problem((1, 2), "sums"), "retuning")),
+            "Call▁with▁array▁minus▁first▁element.▁Call:▁Create▁dp▁array<0x0A></s>"
+            "Append▁max(return[0],▁array[0]▁+▁return[1])▁to▁return.<0x0A>Answer:</s>",
+        ),
+    ]
+    kinds.append((kinds[1][0].removesuffix("]"), kinds[1][1].removesuffix("</s>")))
+    for items, can_use in (((2, 1), True), ((1, 2), True), ((2, 1), False)):
+        whole = form(DP.context(DP.Problem(items, "marks", can_use), "retuning"))
+        call = "If▁there▁is▁only▁1▁item,▁return▁1▁if▁we▁should▁use▁it▁else▁2.▁If▁we▁should▁use▁the▁first▁item▁to▁get▁the▁sum,"
+        call += "▁call▁False▁else▁True.▁Call:▁Create▁chosen▁indices▁array:▁sum▁array▁item▁array▁can▁use▁item"
+        kinds.append((whole.removesuffix("[]") + "[", f"{call}Append▁1▁if▁False▁else▁2.<0x0A>Answer:"))
+    found, lengths, crowded = Counter(), Counter(), defaultdict(set)
+    for i in range(600):
+        (context, times), e = DP.words(random.Random(i)), data.words(random.Random(i))
+        crowded[form(context)].add(times)
+        tokens, outside, commas = [], "", None
+        for token in train.encode(context, tokenizer).tokens:
+            piece = tokenizer.sp.id_to_piece(token)
+            commas = None if "]" in piece else commas
+            tokens += [token] * (times if commas is not None and commas > 1 else 1)
+            commas = commas + (piece == ",") if commas is not None else None
+            outside += piece
+            if piece.startswith("▁[") or (piece == "[" and outside.endswith("▁[")):
+                commas = 0
+        assert e.tokens == tokens, "lists are crowded from their third item on"
+        items = [tuple(map(int, x.split(", "))) for segment in context for x in lists.findall(segment.text)]
+        learned = "".join(tokenizer.sp.id_to_piece(x) for x in e.labels if x != train.IGNORE)
+        ending = re.search(r"(?<= \[)[^]]+$", context[-1].text)
+        if ending:
+            assert learned.endswith(f":{ending[0]}")
+            learned = learned.removesuffix(ending[0])
+            if context[-1].text.startswith("Append max"):
+                array, _, back = items
+                assert int(ending[0]) == max(back[0], array[0] + back[1]) and list(back) == sorted(back, reverse=True)
+            else:
+                assert ending[0] == {" False\n": "1", " True\n": "2"}[context[2].text]
+        found[form(context), learned] += 1
+        lengths.update(map(len, items))
+        assert not any(DP.held_out(DP.Problem(x)) for x in items if min(x) < 0), "others may be sums or marks"
+    assert crowded == {text: {1, 2, 4, 8, 16} for text, _ in kinds}
+    assert set(found) == set(kinds) and min(found.values()) > 30, found
+    assert set(lengths) == set(DP.train_lengths) and min(lengths.values()) > 80, lengths
+
+    drawn, draw, n = Counter(), data.words, 0
+    for step in (0, int(0.7 * data.c.steps), int(0.9 * data.c.steps), data.c.steps - 1):
+        data.words = lambda rng, step=step: drawn.update([step]) or draw(rng)
+        crowded = [e for e in data[step] if e.crowded]
+        assert len(crowded) <= drawn[step], "their lists seem longer, those of no others do"
+        assert all(e.positions == list(range(len(e.tokens))) for e in crowded), "not stretched as well"
+        n += len(crowded)
+    assert n
+    assert set(drawn) == {int(0.9 * data.c.steps), data.c.steps - 1}, "late in a run"
+
+
+@pytest.mark.parametrize("name", ["lessons", "words"])
+def test_lessons_are_for_retuning_by_tasks_that_have_them(name):
+    assert getattr(train.complete(train.TrainConfig(task="dp")), name) > 0
     for task, method in (("addition", "retuning"), ("dp", "baseline"), ("dp", "scratchpad")):
-        with pytest.raises(llama.UserError, match=f"{task} by {method} has none"):
-            train.check(train.complete(train.TrainConfig(task=task, method=method, lessons=0.5)))
+        assert getattr(train.complete(train.TrainConfig(task=task, method=method)), name) == 0
+        with pytest.raises(llama.UserError, match=f"--{name} 0.5: {task} by {method} has none"):
+            train.check(train.complete(train.TrainConfig(task=task, method=method, **{name: 0.5})))
 
 
 def test_a_base_has_nothing_to_weaken():
