@@ -442,7 +442,7 @@ class KVCache:
         if real is not None and self.keys.device.type == "cpu":  # long caches: better many small products than much padding
             spans = row_spans(*place)
             if len(lengths) * n_tokens * total - sum(n * end for _, n, end in spans) > LayerCache.CALL * len(lengths):
-                mask = hidden_mask(slots[real], total, self.keys.dtype)
+                mask = hidden_mask(slots[real], total, self.keys.dtype)[None, None]
                 return slots, [LayerCache(k, v, rows, place, slots.shape, mask, real, spans) for k, v in views]
         mask = hidden_mask(slots, total, self.keys.dtype)[:, None]
         return slots, [LayerCache(k, v, rows, place, slots.shape, mask, real) for k, v in views]
@@ -486,11 +486,13 @@ class LayerCache:
     rows: Tensor | None  # [B] those that are fed (None: all, so that a view serves instead of a copy)
     place: tuple[Tensor, Tensor]  # row and slot in the cache of each of the N real tokens
     shape: tuple[int, int]  # B and T, with padding
-    mask: Tensor  # [B, 1, T, S] 0 where a query may look, else -inf; [N, S] where each row is attended to by itself
+    mask: Tensor  # [B, 1, T, S] 0 where a query may look, else -inf; where each row is attended to by itself [1, 1, N, S]
     real: tuple[Tensor, Tensor] | None  # row and column of each of them among the B x T (None: all are real)
     spans: list[tuple[int, int, int]] | None = None  # ... of each row: which it is, new tokens, positions in use
 
-    CALL = 3000  # a call for a row alone takes as long as so many pairs of a query and a key do (measured on CPUs)
+    # So many pairs of a query and a key have to be saved by a call for a row alone. It takes as long as about 1900 do up to 1024
+    # positions in fp32, and 3600 in bf16 (`benchmarks/attention.py --cached`, on one thread of a CPU without AMX).
+    CALL = 3000
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [N, H, hd], k and v [N, K, hd] -> [N, H, hd]"""
@@ -507,7 +509,7 @@ class LayerCache:
         for row, n, end in self.spans:
             new = slice(start, start + n)
             k, v = self.keys[row : row + 1, :, :end], self.values[row : row + 1, :, :end]
-            y[new] = attention(q[new].transpose(0, 1)[None], k, v, self.mask[None, None, new, :end])[0].transpose(0, 1)
+            y[new] = attention(q[new].transpose(0, 1)[None], k, v, self.mask[:, :, new, :end])[0].transpose(0, 1)
             start += n
         return y
 

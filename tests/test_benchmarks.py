@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from conftest import BASE, ROOT
 
 import lora
@@ -34,6 +35,34 @@ def test_attention_has_the_same_gradients_in_both_ways(dtype):
     rows = [line.split() for line in done.stdout.splitlines() if line.endswith("of the largest")]
     assert [row[:2] for row in rows] == [["40", "2"], ["64", "1"]]
     assert all(float(row[5]) < (1e-4 if dtype == "float32" else 0.05) for row in rows), done.stdout
+
+
+def test_what_a_call_for_a_row_of_the_cache_takes():
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/attention.py",
+        "--cached",
+        "--dtype",
+        "float32",
+        "--lengths",
+        "40",
+        "64",
+        "--repeats",
+        "1",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[3:]]
+    assert [row[0] for row in rows] == ["40", "64"] and all(len(row) == 5 for row in rows), done.stdout
+
+
+def test_attention_to_a_cache_is_the_same_by_row(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    attention, out = importlib.import_module("attention"), []
+    for by_row in (False, True):
+        torch.manual_seed(0)
+        out.append(attention.attend_to_cache(3, 4, 50, (4, 2, 8), torch.float32, by_row)())
+    torch.testing.assert_close(*out)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
