@@ -502,7 +502,7 @@ def loss_sum(model: LLaMA, b: Batch, gradient_checkpointing: bool = False, tempe
     """
     select = b.labels != IGNORE
     where = dict(positions=b.positions, lengths=b.lengths, select=select)
-    with states(model) as own:
+    with states(model) if b.meaning else contextlib.nullcontext([]) as own:
         logits = model(b.tokens, reading=b.meaning and b.meaning[:2], gradient_checkpointing=gradient_checkpointing, **where)
     losses = F.cross_entropy(logits.float() / temperature, b.labels[select], reduction="none")
     loss = losses @ b.weights[select]
